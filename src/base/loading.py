@@ -1,0 +1,99 @@
+"""Reading a model and its tokenizer from a folder or a hub id, with nothing left to chance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draftsmith.base.families import paths_of
+from draftsmith.errors import ConfigError, DataError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bars and warnings; errors still come through."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read(path: str, revision: str | None, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """(model, tokenizer or None), every weight of the model read from the checkpoint or a DataError."""
+    import safetensors
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"base.dtype: '{dtype}' is none of {', '.join(DTYPES)}")
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        raise DataError(f"base: {path} is no folder; give a saved model's folder or a hub id")
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(path, **source)
+            paths = paths_of(config)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=DTYPES[dtype],
+                attn_implementation=paths.attention,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that `info` names them; they are refused below
+                output_loading_info=True,
+                **source,
+            )
+        except ConfigError:
+            raise
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise DataError(f"base: {path} does not load as a causal language model: {_line(error)}") from error
+        model, info = loaded
+        _refuse_gaps(path, info)
+        return model, _read_tokenizer(path, source)
+
+
+def _refuse_gaps(path: str, info: dict[str, Any]) -> None:
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
+    for what, names in (("lacks weights", missing), ("has weights of another shape", mismatched)):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise DataError(f"base: {path} {what} that its config.json asks for: {shown}")
+    if info["error_msgs"]:
+        raise DataError(f"base: {path} does not load: {_line(info['error_msgs'][0])}")
+
+
+def _read_tokenizer(path: str, source: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path, **source)
+    except (OSError, ValueError) as error:
+        if not folder.is_dir():
+            return None  # a hub id without a tokenizer: whoever needs one says so
+        raise DataError(f"base: the tokenizer in {path} does not load: {_line(error)}") from error
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())[:300]

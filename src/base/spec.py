@@ -1,0 +1,108 @@
+"""What a base says of itself before and after loading: its BaseSpec, its fingerprints, its stop tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from draftsmith.base.families import Paths, part
+from draftsmith.contracts import BaseSpec
+
+# Where a configuration came from, how it was stored or what one call should return: none of it says what
+# the base computes.
+NOISE = frozenset(
+    {
+        *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"),
+        *("return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "problem_type"),
+    }
+)
+
+
+def sha256_json(value: Any) -> str:
+    """sha256 of the canonical JSON (sorted keys, no blanks) of a value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Fingerprint of what turns text into ids: the fast tokenizer's own JSON, or the vocabulary without one.
+
+    Padding and truncation are left out: calling a tokenizer changes them.
+    """
+    if tokenizer is None:
+        return ""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = dict(tokenizer.get_vocab()) if backend is None else json.loads(backend.to_str())
+    if backend is not None:
+        rules["padding"] = rules["truncation"] = None
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return sha256_json([rules, special])
+
+
+def template_sha256(tokenizer: Any) -> str:
+    """Fingerprint of the chat template; "" without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return ""
+    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else sha256_json(template)
+
+
+def spec_of(model: Any, paths: Paths, tokenizer: Any, path: str, revision: str | None) -> BaseSpec:
+    """BaseSpec of a loaded Hugging Face model."""
+    config = model.config
+    heads = config.num_attention_heads
+    head = part(model, paths.head)
+    shape = {k: v for k, v in config.to_dict().items() if k not in NOISE}
+    return BaseSpec(
+        family=config.model_type,
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, paths.intermediate),
+        vocab_size=head.weight.shape[0],
+        num_layers=len(part(model, paths.layers)),
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        max_positions=config.max_position_embeddings,
+        lm_head_bias=head.bias is not None,
+        path=path,
+        revision=revision,
+        config_sha256=sha256_json(shape),
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        template_sha256=template_sha256(tokenizer),
+    )
+
+
+def eos_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text: the generation config's, else the config's, else the tokenizer's, in the order
+    in which Hugging Face's own `generate` looks."""
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        eos = getattr(source, "eos_token_id", None)
+        if eos is not None:
+            return frozenset([eos] if isinstance(eos, int) else eos)
+    return frozenset()
+
+
+def weights_sha256(model: nn.Module, rotary: str = "") -> str:
+    """Hash of every parameter and buffer by name, dtype, shape and bytes.
+
+    The rotary module's buffers (prefix `rotary`) are left out: some families recompute them in place as
+    sequences grow, and they follow from the configuration alone.
+    """
+    digest = hashlib.sha256()
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in sorted(named, key=lambda item: item[0]):
+        if rotary and name.startswith(rotary + "."):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _raw_bytes(tensor: Tensor) -> Any:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)  # reshape: a scalar has no last dimension to view
+    return flat.view(torch.uint8).numpy()

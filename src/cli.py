@@ -1,0 +1,30 @@
+"""`draftsmith VERB …` is `python -m draftsmith.VERB …`: one process, however it was called."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+
+VERBS = {
+    "quickstart": "the whole loop on this machine: base, rows, head, proof, speed, export",
+    "distill": "prompts -> rows, written by the base itself",
+    "train": "rows -> heads, on the frozen base",
+    "evaluate": "tokens per step, speed, and proof that the output is the base's own",
+    "export": "a trained head -> a folder that an inference server loads",
+    "bench": "what one training step costs, as a ratio of the base's forward",
+}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: draftsmith VERB [key=value …]     (draftsmith VERB --help for its keys)\n")
+        print("\n".join(f"  {verb:<11} {what}" for verb, what in VERBS.items()))
+        return
+    if name not in VERBS:
+        close = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(VERBS)}"
+        print(f"error: draftsmith: no such verb '{name}'{hint}", file=sys.stderr)
+        sys.exit(2)
+    os.execv(sys.executable, [sys.executable, "-m", f"draftsmith.{name}", *sys.argv[2:]])

@@ -1,0 +1,229 @@
+"""From a yaml node to one of our objects, and from a command line to a run.
+
+`typed` turns a node into its owner's frozen dataclass, `build` also makes the object; both name the key
+that is wrong. `_target_`s are checked against the allowlist below before anything is imported. `command`
+is every verb's main(): Hydra composes, errors become one line and an exit code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from draftsmith.artifacts import disk, fingerprint
+from draftsmith.errors import ConfigError, DraftsmithError, ResourceError
+
+T = TypeVar("T")
+
+CONF = "pkg://draftsmith.conf"
+ALLOWED_PACKAGES = ("draftsmith.",)
+ALLOWED_TARGETS = frozenset({"torch.optim.AdamW"})
+
+# Where and how fast a run runs; never what it computes. Not part of a run's identity.
+MACHINE_KEYS = frozenset(
+    {
+        "run_dir",
+        "debug",
+        "trainer.devices",
+        "trainer.num_nodes",
+        "trainer.threads",
+        "trainer.log_every",
+        "trainer.checkpoint_every",
+        "trainer.keep",
+        "data.num_workers",
+    }
+)
+
+
+def typed(node: Any, schema: type[T], key: str) -> T:
+    """The node's values as `schema`, a dataclass; ConfigError names the key that does not fit."""
+    given: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if not isinstance(given, dict):
+        raise ConfigError(f"{key}: {given!r} is not a group of keys; see conf/{key.split('.')[0]}")
+    values: dict[str, Any] = {str(k): v for k, v in given.items() if k != "_target_"}
+    hints = typing.get_type_hints(schema)
+    for name in values:
+        if name not in hints:
+            raise ConfigError(f"{key}.{name}: no such key{_nearest(name, hints)}")
+    inner = {name: _dataclass_in(hint) for name, hint in hints.items()}
+    nested: dict[str, Any] = {
+        name: typed(values[name], kind, f"{key}.{name}")
+        for name, kind in inner.items()
+        if kind is not None and values.get(name) is not None
+    }
+    leaves = {name: v for name, v in values.items() if inner[name] is None}
+    fields = [(f.name, hints[f.name]) for f in dataclasses.fields(schema) if f.name in leaves]  # type: ignore[arg-type]
+    try:
+        plain = OmegaConf.merge(OmegaConf.structured(dataclasses.make_dataclass("Leaves", fields)), leaves)
+        converted = {str(k): v for k, v in OmegaConf.to_container(plain, throw_on_missing=True).items()}  # type: ignore[union-attr]
+        return schema(**{**{n: None for n in inner if n in values}, **converted, **nested})
+    except OmegaConfBaseException as e:
+        at = f"{key}.{e.full_key}" if e.full_key else key
+        raise ConfigError(f"{at}: {_first_line(e)}") from None
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{key}: {e}") from None
+
+
+def build(node: Any, key: str, **runtime: Any) -> Any:
+    """The object that a node with `_target_` describes: `cls(typed config, **runtime)`."""
+    cls = target(node, key)
+    return cls(typed(node, cls.Config, key), **runtime)
+
+
+def target(node: Any, key: str) -> Any:
+    """The class a node's `_target_` names, if the allowlist admits it; nothing else is ever imported."""
+    name = node.get("_target_") if isinstance(node, (DictConfig, Mapping)) else None
+    if not isinstance(name, str):
+        raise ConfigError(f"{key}._target_: missing; say which class this is")
+    if not name.startswith(ALLOWED_PACKAGES) and name not in ALLOWED_TARGETS:
+        raise ConfigError(
+            f"{key}._target_: '{name}' is not allowed; draftsmith's own classes are, and {sorted(ALLOWED_TARGETS)}"
+        )
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise ConfigError(f"{key}._target_: cannot import '{name}' ({e})") from None
+
+
+def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """A verb's configuration as its command line would compose it, inside a running verb or outside."""
+    import hydra
+
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose(verb, list(overrides))
+    with hydra.initialize_config_module("draftsmith.conf", version_base=None):
+        return hydra.compose(verb, list(overrides))
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration without the keys that say where and how fast: what a run *is*."""
+    plain = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False))
+    return {k: v for k, v in flat(plain) if not any(k == m or k.startswith(m + ".") for m in MACHINE_KEYS)}
+
+
+def run_dir(cfg: DictConfig, verb: str) -> Path:
+    """cfg.run_dir, or runs/<experiment or verb>-<8 hex of the identity>: same command, same folder."""
+    if not OmegaConf.is_missing(cfg, "run_dir") and cfg.run_dir is not None:
+        chosen = Path(cfg.run_dir)
+        return chosen / f"job-{HydraConfig.get().job.num}" if _in_sweep() else chosen
+    return Path("runs") / f"{cfg.get('experiment') or verb}-{fingerprint(identity(cfg))[:8]}"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, leaf) pairs; an empty group is a leaf."""
+    for k, v in values.items():
+        if isinstance(v, Mapping) and v:
+            yield from flat(v, f"{prefix}{k}.")
+        else:
+            yield f"{prefix}{k}", v
+
+
+def command(verb: str, run: Callable[[DictConfig], Any]) -> NoReturn:
+    """A verb's main(): compose, run, map errors to one line and an exit code (the worst job's under -m)."""
+    import hydra
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    codes: list[int] = []
+
+    def task(cfg: DictConfig) -> None:
+        codes.append(_guarded(lambda: run(cfg), verb, debug=bool(cfg.get("debug"))))
+
+    main = hydra.main(version_base=None, config_path=CONF, config_name=verb)(task)
+    outside = _guarded(main, verb, debug="debug=true" in sys.argv)
+    sys.exit(max([outside, *codes]))
+
+
+def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:
+    try:
+        work()
+        return 0
+    except DraftsmithError as e:
+        if debug:
+            traceback.print_exc()
+        return _say(e, e.exit_code)
+    except (HydraException, OmegaConfBaseException) as e:
+        if debug:
+            traceback.print_exc()
+        return _say(_explain(e, verb), ConfigError.exit_code)
+    except MemoryError as e:
+        if debug:
+            traceback.print_exc()
+        return _say(f"out of memory {e}: lower data.batch_size or data.length", ResourceError.exit_code)
+    except OSError as e:
+        if debug:
+            traceback.print_exc()
+        return _say(f"{e.filename or verb}: {e.strerror or e}", ResourceError.exit_code)
+
+
+def _say(message: object, code: int) -> int:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _explain(e: Exception, verb: str) -> str:
+    """Hydra's message as one line that names the nearest valid spelling."""
+    if isinstance(e, MissingConfigException) and e.options is not None:
+        group, _, name = str(e.missing_cfg_file).rpartition("/")
+        return f"{group}: no such choice '{name}'{_nearest(name, e.options)}; there are {', '.join(e.options)}"
+    text = _first_line(e)
+    missing = getattr(e.__cause__, "full_key", None) or getattr(e, "full_key", None)
+    if missing and "not in struct" in f"{text} {e.__cause__}":
+        leaves = [k for k, _ in flat(typing.cast(dict, OmegaConf.to_container(compose(verb))))]
+        known = {".".join(k.split(".")[: i + 1]) for k in leaves for i in range(k.count(".") + 1)}
+        return f"{missing}: no such key{_nearest(str(missing), sorted(known))}"
+    return text
+
+
+def _first_line(e: Exception) -> str:
+    return next((line for line in str(getattr(e, "msg", None) or e).splitlines() if line.strip()), repr(e))
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass in X or X | None."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
+
+
+def _in_sweep() -> bool:
+    return HydraConfig.initialized() and getattr(HydraConfig.get().mode, "name", None) == "MULTIRUN"
+
+
+def claim(cfg: DictConfig, folder: Path) -> None:
+    """Writes folder/config.yaml, or checks that what is there is the same run: another one is refused, key by
+    key, so that a folder never mixes two runs."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        plain = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k != "run_dir"}  # type: ignore[union-attr]
+        with disk(folder, "a run directory"):
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".config.{os.getpid()}.tmp")
+            temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+            os.replace(temporary, path)
+        return
+    theirs = identity(typing.cast(DictConfig, OmegaConf.load(path)))
+    ours = identity(cfg)
+    changed = [k for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)]
+    if changed:
+        table = ", ".join(f"{k}: {theirs.get(k)} -> {ours.get(k)}" for k in changed)
+        raise ConfigError(f"run_dir: {folder} holds another run ({table}); choose another run_dir")

@@ -1,0 +1,40 @@
+"""draftsmith export: a trained head -> a folder that an inference server loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from draftsmith import config, evaluate, prepare
+from draftsmith.errors import ConfigError
+
+
+def run(cfg: DictConfig) -> list[Path]:
+    """Exports every head of the run; returns the folders."""
+    run_dir = Path(cfg.get("run_dir") or ".")
+    exporter = config.build(cfg.exporter, "exporter")
+    folders, of_run = evaluate.heads_of(run_dir, cfg.load)
+    node = cfg.get("base") or (of_run or {}).get("base")
+    if node is None:
+        raise ConfigError("base: which one? give base=… beside load=…")
+    base_config = config.typed(node, prepare.BaseConfig, "base")
+    out = Path(cfg.out) if cfg.out else run_dir / "export" / cfg.exporter._target_.split(".")[-2]
+
+    from draftsmith.exporters import native
+
+    base = prepare.load_base(base_config)
+    made = []
+    for name, folder in folders.items():
+        head = native.load(folder, base.spec)
+        made.append(exporter.save(out / name if len(folders) > 1 else out, head, base, name=name))
+        prepare.say(f"{name} -> {made[-1]}")
+    return made
+
+
+def main() -> None:
+    config.command("export", run)
+
+
+if __name__ == "__main__":
+    main()

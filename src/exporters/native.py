@@ -1,0 +1,161 @@
+"""Our own folder for every head: safetensors, a config that rebuilds it, a manifest, a card.
+
+It loads without Hydra and without pickle, and it names the base it belongs to; another base is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from draftsmith import artifacts, config
+from draftsmith.contracts import BaseSpec, Head
+from draftsmith.errors import ConfigError, DataError, NumericsError
+
+FORMAT = "draftsmith-head"
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+
+# What must be equal for a head to mean anything on a base; `path` and `revision` are only told.
+# (The config's hash is only told too: it changes with every default that transformers adds.)
+TIES = ("family", "hidden_size", "vocab_size", "num_layers", "tokenizer_sha256")
+
+
+def save(folder: Path, head: Head, *, name: str, training: dict[str, Any] | None = None) -> Path:
+    """Publishes the head whole or not at all. `training` is told in the config and the card."""
+    kind = type(head)
+    described = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "draftsmith": _version(),
+        "name": name,
+        "role": kind.role,
+        "lossy": kind.lossy,
+        "head": {"_target_": f"{kind.__module__}.{kind.__qualname__}", **dataclasses.asdict(head.config)},
+        "base": dataclasses.asdict(head.spec),
+        "needs": {
+            "hidden": sorted(head.needs.hidden),
+            "final": head.needs.final,
+            "logits": head.needs.logits,
+            "convention": "hidden[l] leaves block l-1 (0 = embeddings), before the final norm; final is after it",
+        },
+        "training": training or {},
+    }
+    tensors = {k: v.detach().clone().contiguous() for k, v in head.state_dict().items()}
+    with artifacts.publish(folder, kind="head") as temporary:
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        artifacts.write_json(temporary / "config.json", described)
+        (temporary / "README.md").write_text(_card(described, sum(t.numel() for t in tensors.values())))
+    return folder
+
+
+def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cpu") -> Head:
+    """The head of a native folder, for a base with this spec, in its trained precision.
+
+    Raises DataError for a folder that is not whole, a head of another base (both values named) or tensors
+    that are not exactly the head's.
+    """
+    folder = Path(folder)
+    artifacts.verify(folder)
+    described = artifacts.read_json(folder / "config.json")
+    if described.get("format") != FORMAT or described.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{folder}/config.json: format {described.get('format')} {described.get('format_version')};"
+            f" this version reads {FORMAT} {FORMAT_VERSION}"
+        )
+    for tie in TIES:
+        theirs, ours = described["base"].get(tie), getattr(spec, tie)
+        if theirs != ours:
+            raise DataError(
+                f"{folder}: made for base {described['base'].get('path')} with {tie}={theirs}, this base"
+                f" ({spec.path}) has {ours}; load the base it was trained on"
+            )
+    try:
+        kind = config.target(described["head"], f"{folder}/config.json: head")
+        with torch.device("meta"):
+            head: Head = kind(config.typed(described["head"], kind.Config, "head"), spec)
+    except ConfigError as e:
+        raise DataError(str(e)) from None
+    try:
+        tensors = load_file(folder / WEIGHTS, device=str(device))
+        head.load_state_dict(tensors, strict=True, assign=True)
+    except (SafetensorError, RuntimeError) as e:
+        raise DataError(f"{folder / WEIGHTS}: {' '.join(str(e).split())}") from None
+    return head.eval().requires_grad_(False)
+
+
+def rehearse(run_dir: Path, heads: Mapping[str, Head]) -> None:
+    """Writes every head as it is, reads it back, compares bit for bit, and leaves nothing: a folder that
+    cannot be written, or a head that cannot be exported, is known before step 1."""
+    folder = run_dir / ".rehearsal"
+    try:
+        for name, head in heads.items():
+            back = load(save(folder / name, head, name=name), head.spec).state_dict()
+            if any(not torch.equal(back[k], v.cpu()) for k, v in head.state_dict().items()):
+                raise NumericsError(f"heads.{name}: the export does not read back equal; nothing was trained")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _version() -> str:
+    try:
+        return version("draftsmith")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _card(described: dict[str, Any], parameters: int) -> str:
+    base, head = described["base"], described["head"]
+    settings = "\n".join(f"| {k} | {v} |" for k, v in head.items() if k != "_target_")
+    training = "\n".join(f"| {k} | {v} |" for k, v in described["training"].items())
+    promise = (
+        "Decoding with it may change the base's output."
+        if described["lossy"]
+        else "Greedy decoding with it returns exactly the base's own tokens."
+    )
+    return f"""# {described["name"]}
+
+A {described["role"]} ({head["_target_"].rpartition(".")[2]}, {parameters:,} parameters) for the base
+`{base["path"]}`{f" at revision {base['revision']}" if base["revision"] else ""}. {promise}
+
+```python
+from draftsmith import generate, load_base, load_head
+
+base = load_base("{base["path"]}")
+head = load_head("this folder", base=base)
+print(generate(base, input_ids, head=head, max_new_tokens=64).tokens)
+```
+
+| setting | value |
+|---|---|
+{settings}
+
+| training | value |
+|---|---|
+{training or "| | |"}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeConfig:
+    pass
+
+
+class Native:
+    """The exporter's form of `save`."""
+
+    Config = NativeConfig
+
+    def __init__(self, config: NativeConfig) -> None:
+        self.config = config
+
+    def save(self, folder: Path, head: Head, base: Any, *, name: str) -> Path:
+        return save(folder, head, name=name)

@@ -1,0 +1,153 @@
+"""Makes what a run needs and is not there yet: the base from its recipe. Kept under its fingerprint.
+
+The cache folder is $DRAFTSMITH_CACHE, else ~/.cache/draftsmith. Several processes may ask at once: one makes,
+the others wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from draftsmith import artifacts, config
+from draftsmith.errors import ConfigError
+from draftsmith.training.strategy import is_first_process
+
+if TYPE_CHECKING:
+    from draftsmith.base.lm import BaseLM
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    path: str | None = None  # a folder or hub id that transformers loads; null: made from the recipe
+    revision: str | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    recipe: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.recipe is None):
+            raise ConfigError("path, recipe: give one of them; a base to load, or how to make one")
+        if self.dtype not in ("float32", "bfloat16", "float16", "float64"):
+            raise ConfigError(f"dtype='{self.dtype}': choose float32, bfloat16, float16 or float64")
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("DRAFTSMITH_CACHE") or Path.home() / ".cache" / "draftsmith")
+
+
+def once(folder: Path, make: Callable[[Path], Any]) -> Path:
+    """`folder`, after make(folder) published it if nobody had; safe against others doing the same."""
+    if not artifacts.is_complete(folder):
+        with _locked(folder):
+            if not artifacts.is_complete(folder):
+                make(folder)
+    return folder
+
+
+def load_base(base: BaseConfig, device: str = "cpu") -> BaseLM:
+    """The base of this configuration, made first if it has a recipe."""
+    from draftsmith.base import lm
+
+    path = base.path or str(base_folder(base))
+    return lm.load(
+        path,
+        revision=base.revision,
+        dtype=base.dtype,
+        device=device,
+        trust_remote_code=base.trust_remote_code,
+    )
+
+
+def base_folder(base: BaseConfig) -> Path:
+    """Where the base of a recipe lies, under the fingerprint of the recipe and of the code that follows it."""
+    makers = ("draftsmith.data.synthetic", "draftsmith.training.pretrain", "draftsmith.base.create")
+    recipe = {"recipe": base.recipe, "code": [source_sha256(name) for name in makers]}
+    folder = cache_dir() / "bases" / artifacts.fingerprint(recipe)[:16]
+    return once(folder, lambda target: _make_base(dict(base.recipe or {}), target))
+
+
+def source_sha256(module: str) -> str:
+    """Hash of a module's source, found without importing it."""
+    found = find_spec(module)
+    assert found is not None, f"no module {module}"
+    assert found.origin is not None, f"no source of {module}"
+    return artifacts.file_sha256(Path(found.origin))
+
+
+def _make_base(recipe: dict[str, Any], target: Path) -> None:
+    from draftsmith.base import create
+    from draftsmith.data import synthetic
+    from draftsmith.training.pretrain import PretrainConfig, pretrain
+
+    seed, corpus = recipe["seed"], recipe["corpus"]
+    settings = config.typed(recipe["training"], PretrainConfig, "base.recipe.training")
+    say(f"making the base: {recipe['model']['hidden_size']} wide, {recipe['model']['num_hidden_layers']} layers")
+    documents = list(synthetic.corpus(corpus["dialogues"], corpus["source_bytes"], seed))
+    tokenizer = synthetic.train_tokenizer(documents, recipe["vocab_size"])
+    blocks_NT = synthetic.token_blocks(tokenizer, documents, settings.length)
+    model = create.llama(recipe["model"], tokenizer, seed)
+    result = pretrain(model, blocks_NT, config=settings, seed=seed)
+    with artifacts.publish(target, kind="base", recipe=recipe, training=result) as temporary:
+        create.save(model, tokenizer, temporary)
+
+
+def say(text: str) -> None:
+    """Progress for people, from one process of a distributed run."""
+    if is_first_process():
+        print(text, flush=True)
+
+
+def provenance(cfg: Any, **facts: Any) -> dict[str, Any]:
+    """What a run was made from: versions, git commit, command, seed and the given fingerprints."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "seed": cfg.get("seed"),
+        "identity": artifacts.fingerprint(config.identity(cfg)),
+        "git": _git(),
+        "versions": {
+            "python": sys.version.split()[0],
+            **{name: _version(name) for name in ("draftsmith", "torch", "transformers", "lightning", "hydra-core")},
+        },
+        **facts,
+    }
+
+
+def _git() -> str | None:
+    here = Path(__file__).resolve().parents[1]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with artifacts.disk(folder, "the cache"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115 (held for the whole block)
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,166 @@
+"""What happens at the edges of steps: metrics.jsonl, the progress bar, checkpoints, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+from tqdm import tqdm
+
+from draftsmith import artifacts
+from draftsmith.training import checkpoint
+from draftsmith.training.module import TrainModule
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def step_done(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether an optimiser step ended with this micro-batch."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+class Clock(L.Callback):
+    """Tokens and seconds since the run (re)started; packed positions that hold a token count."""
+
+    def __init__(self) -> None:
+        self.tokens, self.began, self.mark, self.rate = 0, 0.0, (0, 0.0), 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.began = time.perf_counter()
+        self.mark = (0, self.began)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
+        self.tokens += int((batch.documents_BT >= 0).sum()) * trainer.world_size
+        if step_done(trainer, idx) and module.measured:
+            now = time.perf_counter()
+            self.rate = (self.tokens - self.mark[0]) / max(1e-9, now - self.mark[1])
+            self.mark = (self.tokens, now)
+
+
+class Metrics(L.Callback):
+    """metrics.jsonl: one object per measured step; on resume, lines past the checkpoint are cut off."""
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self.path, self.clock = path, clock
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            truncate(self.path, cast(TrainModule, pl_module).start)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
+        if not (trainer.is_global_zero and step_done(trainer, idx) and module.measured):
+            return
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        line = {"step": module.done(idx), **module.measured, "lr": lr, "tokens_per_second": self.clock.rate}
+        with artifacts.disk(self.path, "metrics"), open(self.path, "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+
+def truncate(path: Path, step: int) -> None:
+    """Keeps the lines of steps 1..step, and drops a last line that a kill tore."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            break
+    with artifacts.disk(path, "metrics"):
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, path)
+
+
+class Progress(L.Callback):
+    """A bar with loss, top-1 per depth, estimated tokens per step, tokens/s and time left; without a
+    terminal, a line at every tenth of the run."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.bar: tqdm | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = cast(TrainModule, pl_module)
+        if trainer.is_global_zero and sys.stderr.isatty():
+            self.bar = tqdm(total=module.steps, initial=module.start, unit="step", dynamic_ncols=True)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
+        if not (trainer.is_global_zero and step_done(trainer, idx)):
+            return
+        step = module.done(idx)
+        if self.bar is not None:
+            self.bar.update(1)
+            if module.measured:
+                self.bar.set_postfix_str(self.text(module))
+        elif module.measured and step // (tenth := max(1, module.steps // 10)) > ((step - module.log_every) // tenth):
+            passed = time.perf_counter() - self.clock.began
+            left = passed / max(1, step - module.start) * (module.steps - step)
+            print(f"step {step}/{module.steps}  {self.text(module)}  {left:.0f} s left", flush=True)
+
+    def text(self, module: TrainModule) -> str:
+        parts = []
+        for name, _ in module.each_head():
+            m = {k.removeprefix(f"train/{name}/"): v for k, v in module.measured.items()}
+            top1 = "/".join(f"{m[k]:.2f}" for k in sorted(m) if k.startswith("top1/"))
+            parts.append(f"{name} loss {m['loss']:.3f}")
+            parts += [f"top-1 {top1}"] if top1 else []
+            parts += [f"tokens/step ~{m['tokens_per_step']:.2f}"] if "tokens_per_step" in m else []
+        return "  ".join([*parts, f"{self.clock.rate:,.0f} tok/s"])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Checkpoints(L.Callback):
+    """Saves every `every` steps, at the end, and when a signal asked to stop. A first signal finishes the
+    step, saves and stops; a second one leaves at once, with the previous checkpoint intact."""
+
+    def __init__(self, folder: Path, every: int, keep: int) -> None:
+        self.folder, self.every, self.keep = folder, every, keep
+        self.asked: int | None = None
+        self.stopped_at: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._before = {s: signal.signal(s, self._ask) for s in SIGNALS}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
+        self._before = {}
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked is not None:
+            os._exit(75)
+        self.asked = number
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
+        if not step_done(trainer, idx):
+            return
+        step = module.done(idx)
+        stop = self.asked is not None
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if step % self.every == 0 or step == module.steps or stop:
+            if trainer.is_global_zero:
+                heads = dict(module.each_head())
+                checkpoint.save(self.folder, step, heads, trainer.optimizers[0], self.keep)
+            trainer.strategy.barrier()
+        if stop and step < module.steps:
+            self.stopped_at = step
+            trainer.should_stop = True

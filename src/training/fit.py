@@ -1,0 +1,115 @@
+"""Trains heads on a base, from wherever the run directory says it stopped."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from draftsmith import artifacts
+from draftsmith.contracts import BaseView, Batch, Head
+from draftsmith.errors import Interrupted, NumericsError
+from draftsmith.training import callbacks, checkpoint, strategy
+from draftsmith.training.module import TrainModule
+from draftsmith.training.settings import OptimizerConfig, SchedulerConfig, StrategyConfig, TrainerConfig
+
+
+def fit(
+    base: BaseView,
+    heads: Mapping[str, Head],
+    data: Callable[[int, int], L.LightningDataModule],
+    *,
+    run_dir: Path,
+    steps: int,
+    seed: int,
+    trainer: TrainerConfig,
+    strategy_config: StrategyConfig,
+    optimizer_class: type[torch.optim.Optimizer],
+    optimizer: OptimizerConfig,
+    scheduler: SchedulerConfig,
+) -> L.Trainer:
+    """Runs optimiser steps up to `steps`; the heads hold the result. data(start, stop) serves the steps.
+
+    Raises Interrupted after a signal (a checkpoint was saved), NumericsError for a gradient that is not finite.
+    """
+    if trainer.threads:
+        torch.set_num_threads(trainer.threads)
+    folder = run_dir / "checkpoints"
+    resume, skipped = checkpoint.load_last(folder)
+    clock = callbacks.Clock()
+    checkpoints = callbacks.Checkpoints(folder, trainer.checkpoint_every, trainer.keep)
+    module = TrainModule(
+        base,
+        heads,
+        optimizer_class=optimizer_class,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        steps=steps,
+        log_every=trainer.log_every,
+        seed=seed,
+        resume=resume,
+    )
+    _quiet_lightning()
+    engine = L.Trainer(
+        **strategy.arguments(strategy_config, trainer),
+        max_steps=steps - module.start,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        gradient_clip_val=None,
+        callbacks=[
+            clock,
+            callbacks.Metrics(run_dir / "metrics.jsonl", clock),
+            callbacks.Progress(clock),
+            checkpoints,
+        ],
+    )
+    for line in skipped if engine.is_global_zero else []:
+        print(f"warning: {line}", flush=True)
+    if module.start:
+        _say(engine, f"resuming after step {module.start} of {steps}")
+    with artifacts.disk(run_dir, "the run"):
+        folder.mkdir(parents=True, exist_ok=True)
+    if module.start < steps:
+        engine.fit(module, datamodule=data(module.start, steps))
+    elif resume:
+        checkpoint.restore(resume, heads, module.configure_optimizers()["optimizer"])
+    if checkpoints.stopped_at is not None:
+        raise Interrupted(
+            f"stopped by a signal after step {checkpoints.stopped_at} of {steps}, checkpoint saved;"
+            " the same command resumes"
+        )
+    return engine
+
+
+def rehearse(base: BaseView, heads: Mapping[str, Head], batch: Batch) -> None:
+    """One micro-batch forward and backward before step 1, so that what cannot work fails now. Gradients are
+    thrown away, and the heads' weights are the same afterwards."""
+    for name, head in heads.items():
+        seen = base.capture(head.needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
+        out = head.loss(base, seen, batch)
+        if not bool(torch.isfinite(out.sum)):
+            raise NumericsError(f"{name}: the first batch's loss is {float(out.sum)}; check the base and the rows")
+        out.sum.backward()
+        head.zero_grad(set_to_none=True)
+
+
+def _say(engine: L.Trainer, text: str) -> None:
+    if engine.is_global_zero:
+        print(text, flush=True)
+
+
+def _quiet_lightning() -> None:
+    """Hints about devices, loggers and workers that a user of ours cannot act on."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in (".*does not have many workers.*", ".*GPU available but not used.*", ".*`LightningModule.*"):
+        warnings.filterwarnings("ignore", text)

@@ -1,0 +1,148 @@
+"""One LightningModule for every head: one base forward, each head's loss, one optimiser.
+
+The base is held outside `parameters()`: no optimiser, checkpoint or gradient hook ever sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import reduce
+from operator import or_
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from draftsmith.artifacts import fingerprint
+from draftsmith.contracts import BaseView, Batch, Head, Needs
+from draftsmith.errors import NumericsError
+from draftsmith.training import checkpoint, strategy
+from draftsmith.training.settings import OptimizerConfig, SchedulerConfig
+
+
+@contextlib.contextmanager
+def rekeyed(*key: Any) -> Iterator[None]:
+    """Randomness inside depends on the key alone, and leaves the outer generators as they were."""
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(int(fingerprint(list(key))[:15], 16))
+        yield
+
+
+class TrainModule(L.LightningModule):
+    """Trains `heads` for optimiser steps start..steps-1.
+
+    measured: the metrics of the step that just ended, when it was one to measure (every `log_every` steps and
+    the last): name -> float, equal on every process. grad_norms: head -> norm before clipping.
+    """
+
+    def __init__(
+        self,
+        base: BaseView,
+        heads: Mapping[str, Head],
+        *,
+        optimizer_class: type[torch.optim.Optimizer],
+        optimizer: OptimizerConfig,
+        scheduler: SchedulerConfig,
+        steps: int,
+        log_every: int,
+        seed: int,
+        resume: checkpoint.Checkpoint | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.heads = nn.ModuleDict(heads)
+        self.optimizer_class, self.optimizer, self.scheduler = optimizer_class, optimizer, scheduler
+        self.steps, self.log_every, self.seed, self.resume = steps, log_every, seed, resume
+        self.start = resume.step if resume else 0
+        self.measured: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def on_fit_start(self) -> None:
+        self.base.to(self.device)  # Lightning moves the heads; the base is not among the module's children
+
+    def each_head(self) -> Iterator[tuple[str, Head]]:
+        return ((name, cast(Head, head)) for name, head in self.heads.items())
+
+    def done(self, batch_idx: int) -> int:
+        """Optimiser steps complete once this micro-batch is."""
+        return self.start + (batch_idx + 1) // self.trainer.accumulate_grad_batches
+
+    def measures(self, step: int) -> bool:
+        """Whether step number `step` (0-based) is one to measure."""
+        return (step + 1) % self.log_every == 0 or step + 1 == self.steps
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        step, part = divmod(batch_idx, self.trainer.accumulate_grad_batches)
+        step += self.start
+        measure = self.measures(step)
+        if part == 0:
+            self._sums = {}
+        losses = []
+        with torch.no_grad():
+            needs = reduce(or_, (head.needs for _, head in self.each_head()), Needs())
+            seen = self.base.capture(needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
+        for name, head in self.each_head():
+            with rekeyed(self.seed, step, part, self.global_rank, name):
+                out = head.loss(self.base, seen, batch, measure=measure)
+            loss = out.sum / out.count.clamp(min=1)
+            losses.append(loss)
+            if measure:
+                pairs = {"loss": (loss.detach(), None), **out.metrics}
+                for metric, (value, weight) in pairs.items():
+                    self._add(f"train/{name}/{metric}", value, weight)
+        last = part + 1 == self.trainer.accumulate_grad_batches
+        self.measured = self._reduced() if measure and last else {}
+        return torch.stack(losses).sum() * strategy.undo(self.trainer)
+
+    def _add(self, metric: str, value: Tensor, weight: Tensor | None) -> None:
+        """Numerator and denominator of a metric; without a weight the value adds up by itself."""
+        pair = torch.stack([value.double(), torch.zeros_like(value).double() if weight is None else weight.double()])
+        self._sums[metric] = self._sums[metric] + pair if metric in self._sums else pair
+
+    def _reduced(self) -> dict[str, float]:
+        """The sums of the whole global step, over its micro-batches and processes."""
+        table = torch.stack(list(self._sums.values()))
+        if self.trainer.world_size > 1:
+            table = cast(Tensor, self.trainer.strategy.reduce(table, reduce_op="sum"))
+        pairs = zip(self._sums, table.tolist(), strict=True)
+        return {metric: value / weight if weight else value for metric, (value, weight) in pairs}
+
+    def configure_optimizers(self) -> Any:
+        groups = [
+            {
+                "name": name,
+                "params": list(head.parameters()),
+                "lr": self.optimizer.of(name, "lr"),
+                "weight_decay": self.optimizer.of(name, "weight_decay"),
+            }
+            for name, head in self.each_head()
+        ]
+        made: Any = self.optimizer_class
+        optimizer = made(
+            groups,
+            lr=self.optimizer.lr,
+            betas=tuple(self.optimizer.betas),
+            eps=self.optimizer.eps,
+            fused=True,
+        )
+        if self.resume:
+            checkpoint.restore(self.resume, dict(self.each_head()), optimizer)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda s: self.scheduler.factor(self.start + s, self.steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Each head by its own norm, so that training beside others changes nothing."""
+        for group in optimizer.param_groups:
+            clip = self.optimizer.of(group["name"], "clip")
+            norm = torch.nn.utils.clip_grad_norm_(group["params"], float("inf") if clip is None else clip)
+            if not bool(norm.isfinite()):
+                step = self.start + self.trainer.global_step
+                raise NumericsError(
+                    f"{group['name']}: gradient norm {float(norm)} in step {step}; weights are untouched and the last"
+                    " checkpoint is good; lower optimizer.lr or look at the rows of that step"
+                )

@@ -1,0 +1,94 @@
+"""Typed settings of training, apart from Lightning so that a mistake in them answers at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from draftsmith.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    max_steps: int | None = None  # optimiser steps; or
+    epochs: float | None = None  # passes over the rows
+    accumulate: int = 1  # micro-batches per optimiser step and process
+    precision: str = "fp32"  # of the heads' computation: fp32 | bf16 (fp32 master weights)
+    accelerator: str = "cpu"  # cpu | gpu
+    devices: int = 1  # processes per node
+    num_nodes: int = 1
+    threads: int | None = None  # torch threads per process; null: torch's own choice
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    checkpoint_every: int = 100  # steps
+    keep: int = 2  # newest checkpoints kept
+
+    def __post_init__(self) -> None:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ConfigError("max_steps, epochs: give one of them")
+        for name, choices in (("precision", ("fp32", "bf16")), ("accelerator", ("cpu", "gpu"))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}='{getattr(self, name)}': choose one of {', '.join(choices)}")
+        for name in ("max_steps", "accumulate", "devices", "num_nodes", "threads", "log_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: give at least 1")
+        if self.checkpoint_every < 1 or (self.epochs is not None and self.epochs <= 0):
+            raise ConfigError("checkpoint_every, epochs: give a positive number")
+
+    def steps(self, packs: int, packs_per_step: int) -> int:
+        """Optimiser steps of the whole run, computed here and never asked of the trainer."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, math.ceil(float(self.epochs or 0) * packs / packs_per_step))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = 1.0  # gradient norm, of each head by itself
+    heads: dict[str, Any] = field(default_factory=dict)  # <head>: {lr, weight_decay, clip} where it differs
+
+    def __post_init__(self) -> None:
+        for name, own in self.heads.items():
+            unknown = set(own) - {"lr", "weight_decay", "clip"}
+            if unknown:
+                raise ConfigError(f"heads.{name}: {sorted(unknown)}; a head may set lr, weight_decay, clip")
+
+    def of(self, head: str, key: str) -> Any:
+        return self.heads.get(head, {}).get(key, getattr(self, key))
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    kind: str = "cosine"  # cosine | constant
+    warmup: float = 0.03  # share of the steps
+    final: float = 0.0  # where the cosine ends, as a share of the peak
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cosine", "constant"):
+            raise ConfigError(f"kind='{self.kind}': choose cosine or constant")
+        if not 0 <= self.warmup < 1 or not 0 <= self.final <= 1:
+            raise ConfigError("warmup, final: shares lie between 0 and 1")
+
+    def factor(self, step: int, steps: int) -> float:
+        """Share of the peak learning rate in optimiser step `step` = 0..steps-1: a pure function."""
+        warm = math.ceil(self.warmup * steps)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        if self.kind == "constant":
+            return 1.0
+        progress = min(1.0, (step - warm) / max(1, steps - warm))
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    name: str = "auto"  # auto | single | ddp
+
+    def __post_init__(self) -> None:
+        if self.name not in ("auto", "single", "ddp"):
+            raise ConfigError(f"name='{self.name}': choose auto, single or ddp")
