@@ -10,19 +10,16 @@ import torch
 from draftsmith.errors import ConfigError
 
 
-def llama(shape: dict[str, Any], tokenizer: Any, seed: int) -> Any:
-    """A randomly initialised LlamaForCausalLM; `shape` holds LlamaConfig's arguments, the vocabulary is the
-    tokenizer's. The weights depend on `seed` alone."""
+def llama(shape: dict[str, Any], tokenizer: Any | None, seed: int) -> Any:
+    """A randomly initialised LlamaForCausalLM; `shape` holds LlamaConfig's arguments. A tokenizer gives the
+    vocabulary's size and the special ids; without one there are none. Weights depend on `seed` alone."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special: dict[str, Any] = {name: getattr(tokenizer, name, None) for name in names}
+    size: dict[str, Any] = {"vocab_size": len(tokenizer)} if tokenizer is not None else {}
     try:
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **shape,
-        )
+        config = LlamaConfig(**special, **size, **shape)
     except (TypeError, ValueError) as e:
         raise ConfigError(f"base.recipe.model: {e}") from None
     with torch.random.fork_rng(devices=[]):

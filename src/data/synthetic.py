@@ -7,7 +7,8 @@ prompt look-up then beats every trained head; watch that number beside the token
 
     documents = list(corpus(dialogues=8000, source_bytes=0, seed=0))
     tokenizer = train_tokenizer(documents, 1024)
-    blocks_NT = token_blocks(tokenizer, documents, 512)
+    blocks_NT = token_blocks(tokenizer, documents, 256)
+    mask_NT = learned_mask(tokenizer, blocks_NT)
 
 A *document* is a list of messages (a chat) or a string (plain text).
 """
@@ -409,3 +410,24 @@ def token_blocks(tokenizer: PreTrainedTokenizerFast, documents: Iterable[Documen
     if not count:
         raise DataError(f"token_blocks: {len(ids)} tokens do not fill one block of {length}; use more documents")
     return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+
+
+def learned_mask(tokenizer: PreTrainedTokenizerFast, blocks_NT: Tensor) -> Tensor:
+    """Bool [N, T]: which tokens of token_blocks' result a base should learn to predict.
+
+    Those are the assistant's, its end token included, and all of a plain text. The random slots of questions
+    would only add noise: without them a tiny base learns to copy in half the steps.
+    """
+    import torch
+
+    flat = blocks_NT.flatten()
+    off = ["<|system|>", "<|user|>", tokenizer.eos_token]
+    on = ["<|assistant|>", tokenizer.bos_token]
+    off_ids, on_ids = (torch.tensor(tokenizer.convert_tokens_to_ids(names)) for names in (off, on))
+    opens, closes = torch.isin(flat, on_ids), torch.isin(flat, off_ids)
+    at = torch.arange(len(flat))
+    latest = torch.where(opens | closes, at, -1).cummax(0).values.roll(1)  # control token before each position
+    latest[0] = -1
+    inside = (latest >= 0) & opens[latest.clamp(min=0)]
+    controls = opens | (closes & (flat != tokenizer.eos_token_id))
+    return (inside & ~controls).view_as(blocks_NT)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -14,8 +15,8 @@ from draftsmith import artifacts
 from draftsmith.contracts import BaseView, Batch, Head
 from draftsmith.errors import Interrupted, NumericsError
 from draftsmith.training import callbacks, checkpoint, strategy
-from draftsmith.training.module import TrainModule
-from draftsmith.training.settings import OptimizerConfig, SchedulerConfig, StrategyConfig, TrainerConfig
+from draftsmith.training.module import TrainModule, rekeyed
+from draftsmith.training.settings import Settings
 
 
 def fit(
@@ -26,16 +27,14 @@ def fit(
     run_dir: Path,
     steps: int,
     seed: int,
-    trainer: TrainerConfig,
-    strategy_config: StrategyConfig,
-    optimizer_class: type[torch.optim.Optimizer],
-    optimizer: OptimizerConfig,
-    scheduler: SchedulerConfig,
+    settings: Settings,
+    more: Sequence[L.Callback] = (),
 ) -> L.Trainer:
     """Runs optimiser steps up to `steps`; the heads hold the result. data(start, stop) serves the steps.
 
     Raises Interrupted after a signal (a checkpoint was saved), NumericsError for a gradient that is not finite.
     """
+    trainer = settings.trainer
     if trainer.threads:
         torch.set_num_threads(trainer.threads)
     folder = run_dir / "checkpoints"
@@ -45,17 +44,14 @@ def fit(
     module = TrainModule(
         base,
         heads,
-        optimizer_class=optimizer_class,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        settings=settings,
         steps=steps,
-        log_every=trainer.log_every,
         seed=seed,
         resume=resume,
     )
     _quiet_lightning()
     engine = L.Trainer(
-        **strategy.arguments(strategy_config, trainer),
+        **strategy.arguments(settings.strategy, trainer),
         max_steps=steps - module.start,
         max_epochs=1,
         logger=False,
@@ -70,6 +66,7 @@ def fit(
             callbacks.Metrics(run_dir / "metrics.jsonl", clock),
             callbacks.Progress(clock),
             checkpoints,
+            *more,
         ],
     )
     for line in skipped if engine.is_global_zero else []:
@@ -88,6 +85,14 @@ def fit(
             " the same command resumes"
         )
     return engine
+
+
+def new_head(kind: type[Head], config: Any, name: str, base: BaseView, seed: int) -> Head:
+    """A head as it starts: random where it is random, from (seed, name) alone; the rest from the base."""
+    with rekeyed(seed, "initialisation", name):
+        head = kind(config, base.spec)
+    head.initialise(base)
+    return head.to(base.lm_head_weight.device)
 
 
 def rehearse(base: BaseView, heads: Mapping[str, Head], batch: Batch) -> None:

@@ -19,7 +19,7 @@ from draftsmith.artifacts import fingerprint
 from draftsmith.contracts import BaseView, Batch, Head, Needs
 from draftsmith.errors import NumericsError
 from draftsmith.training import checkpoint, strategy
-from draftsmith.training.settings import OptimizerConfig, SchedulerConfig
+from draftsmith.training.settings import Settings
 
 
 @contextlib.contextmanager
@@ -43,19 +43,17 @@ class TrainModule(L.LightningModule):
         base: BaseView,
         heads: Mapping[str, Head],
         *,
-        optimizer_class: type[torch.optim.Optimizer],
-        optimizer: OptimizerConfig,
-        scheduler: SchedulerConfig,
+        settings: Settings,
         steps: int,
-        log_every: int,
         seed: int,
         resume: checkpoint.Checkpoint | None = None,
     ) -> None:
         super().__init__()
         self.base = base
         self.heads = nn.ModuleDict(heads)
-        self.optimizer_class, self.optimizer, self.scheduler = optimizer_class, optimizer, scheduler
-        self.steps, self.log_every, self.seed, self.resume = steps, log_every, seed, resume
+        self.settings, self.optimizer = settings, settings.optimizer
+        self.steps, self.seed, self.resume = steps, seed, resume
+        self.log_every = settings.trainer.log_every
         self.start = resume.step if resume else 0
         self.measured: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
@@ -120,7 +118,7 @@ class TrainModule(L.LightningModule):
             }
             for name, head in self.each_head()
         ]
-        made: Any = self.optimizer_class
+        made: Any = self.settings.optimizer_class
         optimizer = made(
             groups,
             lr=self.optimizer.lr,
@@ -131,7 +129,7 @@ class TrainModule(L.LightningModule):
         if self.resume:
             checkpoint.restore(self.resume, dict(self.each_head()), optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda s: self.scheduler.factor(self.start + s, self.steps)
+            optimizer, lambda s: self.settings.scheduler.factor(self.start + s, self.steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from draftsmith.errors import ConfigError, NumericsError
 
 Precision = Literal["32-true", "bf16-mixed"]
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,12 @@ class Pretrain(pl.LightningModule):
         self.losses: list[float] = []
         self.automatic_optimization = False  # Lightning steps only one optimizer by itself
 
-    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> None:
-        (tokens_BT,) = batch
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        tokens_BT, mask_BT = batch
+        targets_BT = tokens_BT.masked_fill(~mask_BT, IGNORED).roll(-1, dims=1)
+        targets_BT[:, -1] = IGNORED
         logits_BTV = self.model(input_ids=tokens_BT, use_cache=False).logits.float()
-        loss = nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
+        loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
         self.losses.append(loss.item())
         if not math.isfinite(self.losses[-1]):
             raise NumericsError(f"pretrain: the loss is {self.losses[-1]} in step {batch_idx}; lower training.lr_*")
@@ -139,18 +142,22 @@ def batches(count: int, config: PretrainConfig, seed: int) -> Iterator[list[int]
         del waiting[: config.batch_size]
 
 
-def pretrain(model: nn.Module, tokens_NT: Tensor, *, config: PretrainConfig, seed: int) -> dict[str, float]:
+def pretrain(
+    model: nn.Module, tokens_NT: Tensor, *, config: PretrainConfig, seed: int, mask_NT: Tensor | None = None
+) -> dict[str, float]:
     """Trains `model` in place on the CPU and leaves it in eval mode, on the torch threads there were before.
 
     model: called as model(input_ids=[B, T], use_cache=False).logits; its initial weights are the caller's.
-    tokens_NT: int64 [N, config.length]. Returns loss (nats per token, mean of the last tenth of the steps),
+    tokens_NT: int64 [N, config.length]. mask_NT: bool, the same shape, True = learn to predict this token; None
+    = all of them, but for the first of a block. Returns loss (nats per token, mean of the last tenth of the steps),
     first_loss, steps, tokens and cpu_seconds (of this process). ConfigError if the blocks have another
     length, NumericsError as soon as the loss is not finite.
     """
     if tokens_NT.ndim != 2 or tokens_NT.shape[1] != config.length or not len(tokens_NT):
         raise ConfigError(f"training.length: {config.length} does not fit blocks of shape {list(tokens_NT.shape)}")
+    mask_NT = torch.ones_like(tokens_NT, dtype=torch.bool) if mask_NT is None else mask_NT
     order = list(batches(len(tokens_NT), config, seed))
-    loader = DataLoader(TensorDataset(tokens_NT), batch_sampler=order, generator=torch.Generator())  # type: ignore[arg-type]
+    loader = DataLoader(TensorDataset(tokens_NT, mask_NT), batch_sampler=order, generator=torch.Generator())  # type: ignore[arg-type]
     module = Pretrain(model.train(), config)
     threads, start = torch.get_num_threads(), time.process_time()
     torch.set_num_threads(config.threads or threads)

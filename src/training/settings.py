@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from draftsmith import config
 from draftsmith.errors import ConfigError
 
 
@@ -92,3 +93,25 @@ class StrategyConfig:
     def __post_init__(self) -> None:
         if self.name not in ("auto", "single", "ddp"):
             raise ConfigError(f"name='{self.name}': choose auto, single or ddp")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about training that is neither the base, nor a head, nor the rows."""
+
+    trainer: TrainerConfig
+    strategy: StrategyConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    optimizer_class: type
+
+    @classmethod
+    def of(cls, cfg: Any) -> Settings:
+        """From the groups trainer, strategy, optimizer and scheduler of a verb's configuration."""
+        return cls(
+            config.typed(cfg.trainer, TrainerConfig, "trainer"),
+            config.typed(cfg.strategy, StrategyConfig, "strategy"),
+            config.typed(cfg.optimizer, OptimizerConfig, "optimizer"),
+            config.typed(cfg.scheduler, SchedulerConfig, "scheduler"),
+            config.target(cfg.optimizer, "optimizer"),
+        )
