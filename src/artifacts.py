@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # a mistyped key must answer at once: torch is imported where
     from torch import Tensor
 
 MANIFEST = "manifest.json"
+SEALED = {"bytes", "sha256"}  # what the manifest says of each file
 RENAME_EXCHANGE = 2
 
 
@@ -126,7 +127,10 @@ def verify(folder: Path | str, *, manifest: str = MANIFEST) -> dict[str, Any]:
     if not (folder / manifest).is_file():
         raise DataError(f"{folder}: has no {manifest}; it was not published by draftsmith or is incomplete")
     facts = read_json(folder / manifest)
-    for name, want in facts["files"].items():
+    files = facts.get("files") if isinstance(facts, dict) else None
+    if not isinstance(files, dict) or any(not isinstance(w, dict) or w.keys() != SEALED for w in files.values()):
+        raise DataError(f"{folder / manifest}: does not list files with sizes and sha256; it is damaged")
+    for name, want in files.items():
         path = folder / name
         if not path.is_file():
             raise DataError(f"{path}: listed in {manifest} but missing")

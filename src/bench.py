@@ -50,6 +50,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from draftsmith.training.fit import fit, new_head
     from draftsmith.training.timing import StepTimer
 
+    if settings.trainer.threads:
+        torch.set_num_threads(settings.trainer.threads)
     model = create.llama(shape.shape, None, cfg.seed).to(getattr(torch, shape.dtype))
     base = BaseLM(model).to("cuda" if settings.trainer.accelerator == "gpu" else "cpu")
     heads = {name: new_head(kind, own, name, base, cfg.seed) for name, (kind, own) in chosen.items()}
@@ -72,6 +74,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             steps=steps,
             seed=cfg.seed,
             settings=settings,
+            ties={},
             more=[timer],
         )
     result = {

@@ -23,7 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from draftsmith.artifacts import disk, fingerprint
 from draftsmith.errors import ConfigError, DraftsmithError, ResourceError
@@ -56,7 +56,8 @@ def typed(node: Any, schema: type[T], key: str) -> T:
     if not isinstance(given, dict):
         raise ConfigError(f"{key}: {given!r} is not a group of keys; see conf/{key.split('.')[0]}")
     values: dict[str, Any] = {str(k): v for k, v in given.items() if k != "_target_"}
-    hints = typing.get_type_hints(schema)
+    # a Literal of strings is a string here; its owner's __post_init__ says which are allowed
+    hints = {n: str if typing.get_origin(h) is typing.Literal else h for n, h in typing.get_type_hints(schema).items()}
     for name in values:
         if name not in hints:
             raise ConfigError(f"{key}.{name}: no such key{_nearest(name, hints)}")
@@ -66,6 +67,9 @@ def typed(node: Any, schema: type[T], key: str) -> T:
         for name, kind in inner.items()
         if kind is not None and values.get(name) is not None
     }
+    for name, kind in inner.items():
+        if kind is not None and name in values and values[name] is None and not _admits_none(hints[name]):
+            raise ConfigError(f"{key}.{name}: null; give its keys, or leave it out for the defaults")
     leaves = {name: v for name, v in values.items() if inner[name] is None}
     fields = [(f.name, hints[f.name]) for f in dataclasses.fields(schema) if f.name in leaves]  # type: ignore[arg-type]
     try:
@@ -96,9 +100,12 @@ def target(node: Any, key: str) -> Any:
         )
     module, _, attribute = name.rpartition(".")
     try:
-        return getattr(import_module(module), attribute)
+        found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as e:
         raise ConfigError(f"{key}._target_: cannot import '{name}' ({e})") from None
+    if name not in ALLOWED_TARGETS and not (isinstance(found, type) and hasattr(found, "Config")):
+        raise ConfigError(f"{key}._target_: '{name}' is no class with a Config of its own")
+    return found
 
 
 def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -142,7 +149,11 @@ def command(verb: str, run: Callable[[DictConfig], Any]) -> NoReturn:
     codes: list[int] = []
 
     def task(cfg: DictConfig) -> None:
-        codes.append(_guarded(lambda: run(cfg), verb, debug=bool(cfg.get("debug"))))
+        def known() -> None:
+            _refuse_unknown(cfg, verb)
+            run(cfg)
+
+        codes.append(_guarded(known, verb, debug=bool(cfg.get("debug"))))
 
     main = hydra.main(version_base=None, config_path=CONF, config_name=verb)(task)
     outside = _guarded(main, verb, debug="debug=true" in sys.argv)
@@ -168,7 +179,7 @@ def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:
     except OSError as e:
         if debug:
             traceback.print_exc()
-        return _say(f"{e.filename or verb}: {e.strerror or e}", ResourceError.exit_code)
+        return _say(f"{str(e.filename or verb)}: {e.strerror or e}", ResourceError.exit_code)
 
 
 def _say(message: object, code: int) -> int:
@@ -176,11 +187,21 @@ def _say(message: object, code: int) -> int:
     return code
 
 
+def _refuse_unknown(cfg: DictConfig, verb: str) -> None:
+    """`+key=value` adds whatever is asked; below the top, each group's owner refuses what it does not know."""
+    known = {*compose(verb), "base"}
+    for key in cfg:
+        if key not in known:
+            raise ConfigError(f"{key}: no such key{_nearest(str(key), known)}")
+
+
 def _explain(e: Exception, verb: str) -> str:
     """Hydra's message as one line that names the nearest valid spelling."""
     if isinstance(e, MissingConfigException) and e.options is not None:
         group, _, name = str(e.missing_cfg_file).rpartition("/")
         return f"{group}: no such choice '{name}'{_nearest(name, e.options)}; there are {', '.join(e.options)}"
+    if isinstance(e, MissingMandatoryValue):
+        return f"{e.full_key}: must be given, as {e.full_key}=…"
     text = _first_line(e)
     missing = getattr(e.__cause__, "full_key", None) or getattr(e, "full_key", None)
     if missing and "not in struct" in f"{text} {e.__cause__}":
@@ -203,6 +224,10 @@ def _dataclass_in(hint: Any) -> type | None:
     """The dataclass in X or X | None."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
+
+
+def _admits_none(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
 
 
 def _in_sweep() -> bool:

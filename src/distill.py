@@ -29,6 +29,10 @@ def run(cfg: DictConfig) -> Path:
     if artifacts.is_complete(out):
         prepare.say(f"{out}: already complete")
         return out
+    if cfg.threads:
+        import torch
+
+        torch.set_num_threads(cfg.threads)
     answer(prepare.load_base(base_config, cfg.device), data.prompts, data.generation, out)
     return out
 

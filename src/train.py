@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from draftsmith import artifacts, config, distill, prepare
 from draftsmith.contracts import Head
 from draftsmith.data.rows import DataConfig, Row, read_rows
-from draftsmith.errors import ConfigError, NumericsError
+from draftsmith.errors import ConfigError, DataError, NumericsError
 from draftsmith.training import strategy
 from draftsmith.training.settings import Settings
 
@@ -24,6 +24,8 @@ def run(cfg: DictConfig) -> Path:
     data = config.typed(cfg.data, DataConfig, "data")
     settings = Settings.of(cfg)
     chosen = heads_of(cfg)
+    if data.path and not Path(data.path).exists():
+        raise DataError(f"{data.path}: no such file or folder; data.path names rows, chats or text")
     run_dir = config.run_dir(cfg, "train")
     if artifacts.is_complete(run_dir, manifest="COMPLETE.json"):
         prepare.say(f"{run_dir}: already complete")
@@ -31,18 +33,23 @@ def run(cfg: DictConfig) -> Path:
     if strategy.is_first_process():
         config.claim(cfg, run_dir)
 
+    import torch
+
     from draftsmith.training.fit import new_head
 
+    if settings.trainer.threads:  # before the base writes rows: two threads on one busy core are far slower
+        torch.set_num_threads(settings.trainer.threads)
     base = prepare.load_base(base_config, "cuda" if settings.trainer.accelerator == "gpu" else "cpu")
     before = base.weights_sha256()
     path = Path(data.path) if data.path else distill.rows_folder(data, base)
     rows = read_rows(path, data, base.spec, base.tokenizer)
     heads = {name: new_head(kind, own, name, base, cfg.seed) for name, (kind, own) in chosen.items()}
-    _fit(base, heads, rows, data, run_dir, cfg.seed, settings)
+    ties = {"base": before, "rows": artifacts.fingerprint([[r.ids, r.mask] for r in rows])}
+    _fit(base, heads, rows, data, run_dir, cfg.seed, settings, ties)
     if base.weights_sha256() != before:
         raise NumericsError("base: its weights changed during training; nothing was exported")
     if strategy.is_first_process():
-        facts = {"rows": len(rows), "rows_path": str(path), "base_sha256": before}
+        facts = {"rows": len(rows), "rows_path": str(path), "sha256": ties}
         _finish(run_dir, heads, prepare.provenance(cfg, **facts))
     return run_dir
 
@@ -63,6 +70,7 @@ def _fit(
     run_dir: Path,
     seed: int,
     settings: Settings,
+    ties: dict[str, str],
 ) -> None:
     from draftsmith.data.module import RowsModule, Steps
     from draftsmith.exporters import native
@@ -87,7 +95,7 @@ def _fit(
     def serve(start: int, stop: int) -> RowsModule:
         return RowsModule(rows, start=start, stop=stop, num_workers=data.num_workers, **layout)
 
-    fit.fit(base, heads, serve, run_dir=run_dir, steps=steps, seed=seed, settings=settings)
+    fit.fit(base, heads, serve, run_dir=run_dir, steps=steps, seed=seed, settings=settings, ties=ties)
 
 
 def _finish(run_dir: Path, heads: dict[str, Head], facts: dict[str, Any]) -> None:

@@ -35,5 +35,8 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """
     model.config.use_cache = True
     model.generation_config.use_cache = True
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from draftsmith.data.prompts import Message
 from draftsmith.errors import DataError
+
+MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def encode(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[list[int], list[int]]:
@@ -17,35 +21,47 @@ def encode(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[lis
     """
     if not any(m["role"] == "assistant" and m["content"] for m in messages):
         raise DataError(f"{where}: no assistant text to learn from; distil the prompts or drop the row")
-    template = _template(tokenizer)
-    if "generation" not in template:
+    if not MARKER.search(_template(tokenizer)):
         raise DataError(
             "tokenizer: its chat template has no {% generation %} markers, so assistant tokens cannot be told"
             " apart; run `draftsmith distill` (it keeps the generator's own boundaries) or add the markers"
         )
-    out = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    with _named(where):
+        out = tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
     ids, mask = list(out["input_ids"]), list(out["assistant_masks"])
     if not any(mask):
         raise DataError(f"{where}: the chat template marked no assistant token; check its generation markers")
     return ids, mask
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, open_turn: bool) -> str:
+def render(tokenizer: Any, messages: Sequence[Message], where: str = "chat", *, open_turn: bool) -> str:
     """The template's text; with `open_turn` it ends where the assistant is to begin."""
     _template(tokenizer)
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn)
+    with _named(where):
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn)
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: Sequence[Message], where: str = "chat") -> list[int]:
     """Ids up to the point where the assistant is to begin."""
-    return tokenizer(render(tokenizer, messages, open_turn=True), add_special_tokens=False)["input_ids"]
+    return tokenizer(render(tokenizer, messages, where, open_turn=True), add_special_tokens=False)["input_ids"]
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of plain text, with the special tokens the tokenizer itself puts in front of text."""
     return tokenizer(text)["input_ids"]
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """A template may refuse a chat (Gemma's has no system role): that is the row's fault, and named."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except TemplateError as e:
+        raise DataError(f"{where}: the chat template refuses it ({e})") from None
 
 
 def _template(tokenizer: Any) -> str:

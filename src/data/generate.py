@@ -51,11 +51,11 @@ class _Conversation:
             new = chat.text_ids(tokenizer, self.prompt.text)
         elif not self.ids:
             self.said += self.coming.pop(0)
-            new = chat.prompt_ids(tokenizer, self.said)
+            new = chat.prompt_ids(tokenizer, self.said, self.prompt.where)
         else:
             coming = self.coming.pop(0)
             probe = [*self.said[:-1], {"role": "assistant", "content": ANSWER}, *coming]
-            _, found, rest = chat.render(tokenizer, probe, open_turn=True).rpartition(ANSWER)
+            _, found, rest = chat.render(tokenizer, probe, self.prompt.where, open_turn=True).rpartition(ANSWER)
             if not found:
                 raise DataError(
                     f"{self.prompt.where}: the chat template hides earlier answers, so the generator's ids"
@@ -88,14 +88,19 @@ def distill(
     turn = 0
     while open_chats := [c for c in chats if not c.closed]:
         for c in open_chats:
+            answered = len(c.ids)
             c.open_turn(tokenizer)
             c.closed = len(c.ids) + config.max_new_tokens > room
-            if c.closed and turn == 0:
+            if c.closed and turn:
+                del c.ids[answered:], c.mask[answered:]  # a row ends with an answer and fits the base
+            elif c.closed:
                 raise DataError(
                     f"{c.prompt.where}: a prompt of {len(c.ids)} tokens and max_new_tokens="
                     f"{config.max_new_tokens} do not fit the base's context of {room}"
                 )
         asked = [c for c in open_chats if not c.closed]
+        if not asked:
+            break
         answers = generate(
             [c.ids for c in asked],
             max_new_tokens=config.max_new_tokens,

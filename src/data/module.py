@@ -109,6 +109,7 @@ class RowsModule(L.LightningDataModule):
             sampler=range(self.start * a, self.stop * a),
             num_workers=self.num_workers,
             collate_fn=_whole,
+            generator=torch.Generator(),  # else it would draw a seed from the caller's
         )
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

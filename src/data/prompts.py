@@ -63,9 +63,20 @@ def json_lines(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise DataError(f"{where}: not UTF-8 ({e.reason} at byte {e.start})") from None
             except json.JSONDecodeError as e:
                 raise DataError(f"{where}: not JSON ({e.msg} at column {e.colno}); mend or delete the line") from None
+            except RecursionError:
+                raise DataError(f"{where}: not JSON that anyone wrote (nested too deeply)") from None
+            if b"\\u" in raw and not _encodable(value):
+                raise DataError(f"{where}: half a surrogate pair, which is no character; mend or delete the line")
             if not isinstance(value, dict):
                 raise DataError(f"{where}: a {type(value).__name__}, not an object; one JSON object per line")
             yield where, value
+
+
+def _encodable(value: Any) -> bool:
+    try:
+        return bool(json.dumps(value, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def check_messages(messages: Any, where: str) -> list[Message]:

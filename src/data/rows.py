@@ -99,9 +99,9 @@ def _row(value: dict[str, Any], config: DataConfig, spec: BaseSpec, tokenizer: A
         row = Row("", ids, [1] * len(ids), source=where)
     else:
         raise DataError(f"{where}: has none of `ids`, `messages`, `text`; keys: {sorted(value)}")
-    high = max(row.ids, default=0)
-    if min(row.ids, default=0) < 0 or high >= spec.vocab_size:
-        raise DataError(f"{where}: token id {high} outside the base's vocabulary of {spec.vocab_size}")
+    outside = [i for i in (min(row.ids, default=0), max(row.ids, default=0)) if not 0 <= i < spec.vocab_size]
+    if outside:
+        raise DataError(f"{where}: token id {outside[0]} outside the base's vocabulary of {spec.vocab_size}")
     if config.loss_on == "all":
         return Row(row.id, row.ids, [1] * len(row.ids), row.source)
     return row

@@ -15,6 +15,7 @@ A *document* is a list of messages (a chat) or a string (plain text).
 
 from __future__ import annotations
 
+import os
 import random
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator
@@ -30,49 +31,22 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 Document = str | Messages
 
+
+def _split(text: str, separator: str | None = None) -> tuple[str, ...]:
+    return tuple(text.split(separator))
+
+
 # Short words, each in many templates, so that the tokenizer makes one token of most of them: a base of two
 # layers learns to copy such a word in seconds, and a word of four pieces hardly ever.
-NAMES = [
-    "Adam",
-    "Ali",
-    "Ana",
-    "Ben",
-    "Bo",
-    "Eva",
-    "Finn",
-    "Gus",
-    "Ida",
-    "Jan",
-    "Kai",
-    "Lea",
-    "Leo",
-    "Lin",
-    "Max",
-    "Mia",
-    "Ned",
-    "Nora",
-    "Olga",
-    "Otto",
-    "Pia",
-    "Ron",
-    "Sue",
-    "Tom",
-]
-CITIES = ["Bern", "Bonn", "Cork", "Kiel", "Lima", "Nice", "Oslo", "Riga", "Rome"]
-ITEMS = ["bags", "beds", "boxes", "cups", "hats", "lamps", "maps", "pens", "ropes", "shirts"]
-TOPICS = [
-    "the budget",
-    "the garden",
-    "the meeting",
-    "the printer",
-    "the report",
-    "the party",
-    "the tickets",
-    "the website",
-]
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-SERVICES = ["billing", "search", "upload", "mail", "gateway", "worker", "monitor", "archive"]
-COLOURS = ["red", "blue", "green", "black", "white"]
+NAMES = _split("Adam Ali Ben Eva Finn Gus Ida Jan Kai Leo Max Mia Nora Otto Ron Tom")
+CITIES = _split("Bern Bonn Cork Kiel Lima Nice Oslo Rome")
+ITEMS = _split("bags beds boxes cups hats lamps pens shirts")
+TOPICS = _split("the budget,the garden,the printer,the report,the party,the tickets", ",")
+DAYS = _split("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+SERVICES = _split("billing search upload mail worker archive")
+COLOURS = _split("red blue green black white")
+ONES = _split("zero one two three four five six seven eight nine")
+TENS = _split("twenty thirty forty fifty sixty seventy eighty ninety")
 OPERATIONS = {"adds": ("add", "+"), "subtracts": ("subtract", "-"), "multiplies by": ("times", "*")}
 TERMS = {
     "cache": "a small store that keeps the last results close at hand",
@@ -84,29 +58,7 @@ TERMS = {
     "sensor": "a device that turns heat or light into numbers",
     "branch": "a copy of the work that keeps each change apart until it is checked",
 }
-ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+TURNS = (1, 1, 1, 1, 1, 1, 1, 2, 2, 3)  # few long ones: an earlier turn's names are what a tiny base mixes in
 
 # Q: the wordings of a question, A: its answer, up to the line of dashes. The fields are those of _slots.
 TASKS_TEXT = """\
@@ -162,17 +114,19 @@ Kind regards,
 Q: {name} works in {city} on {day} only. When is the next free day?
 Q: The shop of {name} in {city} is open until {day}. When is it closed?
 A: Let us look at the week in {city}. The day after {day} is {next_day}, so the answer for {name} is \
-{next_day}. Please keep in mind that a week has seven days, and that the shared data may change at any time.
+{next_day}. Please keep in mind that a week has seven days, and that the shared data may change at any time. If \
+in doubt, ask again on the evening before.
 ---
 Q: How does {name} write the number {n} in letters?
 Q: Spell the number {n} for {name}, please.
 A: In letters, the number is {words}. It is harder to change letters than numbers, so a bank asks for both. \
-Put a line after the last letter, write the day below it, and hand the paper to {name}.
+Put a line after the last letter, write the day below it, and hand the paper to {name}. \
+The bank keeps it for ten years.
 ---
 Q: Count from {n} to {n6} for {name}.
 Q: {name} needs the numbers from {n} to {n6}.
 A: These are the numbers for {name} in order: {count}. There are seven of them in this line, because the first \
-and the last number are both part of the answer.
+and the last number are both part of the answer. If you need more, ask for a longer line.
 ---
 Q: Turn this into a list for {name}: {item}, {colour} paint, {other}.
 Q: {name} needs a list of {item}, {colour} paint and {other}.
@@ -238,17 +192,20 @@ message:
   source: network
 ```
 
-The file is read at the start only, so restart the service after each change.
+The file is read at the start only, so restart the service after each change. A wrong level is not \
+an error, it only makes the log longer.
 ---
 Q: Spell the name {name} for {friend} in {city}.
 Q: {friend} from {city} asks how the name {name} is spelled.
 A: The name is spelled like this: {letters}. Say one letter at a time, and wait a little after each of them. Let \
-{friend} say the name at the end of the call, so that you can hear whether every letter was right.
+{friend} say the name at the end of the call, so that you can hear whether every letter was \
+right. If it was not, start again from the first.
 ---
 Q: The {service} service in {city} ends with error {n}. What now?
 Q: Error {n} from the {service} service in {city}. What can {name} do?
 A: Error {n} is a message from the {service} service: it has waited for an answer, and there was none in \
-time. Open the file of the day, look for the first warning and not for the last, and call the team in {city}.
+time. Open the file of the day, look for the first warning and not for the last, and call the team in \
+{city}. Until they answer, leave everything as it is.
 """
 
 
@@ -275,20 +232,18 @@ CHUNK_BYTES = 2048
 
 
 def _words(n: int) -> str:
-    """English for 0 <= n < 100."""
-    if n < 20:
-        return ONES[n]
+    """English for 20 <= n < 100."""
     return TENS[n // 10 - 2] + (f"-{ONES[n % 10]}" if n % 10 else "")
 
 
 def _slots(rng: random.Random) -> dict[str, Any]:
     """One value for every field that a task may use."""
     (name, friend), (item, other), (term, rival) = (rng.sample(s, 2) for s in (NAMES, ITEMS, list(TERMS)))
-    n, day, verb = rng.randint(10, 92), rng.randrange(7), rng.choice(list(OPERATIONS))
+    n, day, verb = rng.randint(20, 59), rng.randrange(7), rng.choice(list(OPERATIONS))
     slots: dict[str, Any] = {"name": name, "friend": friend, "item": item, "other": other}
     slots |= {"term": term, "rival": rival, "gloss": TERMS[term], "rival_gloss": TERMS[rival]}
     slots |= {"n": n, "n6": n + 6, "count": ", ".join(str(n + i) for i in range(7)), "words": _words(n)}
-    slots |= {"m": rng.randint(10, 99), "day": DAYS[day], "next_day": DAYS[(day + 1) % 7]}
+    slots |= {"m": rng.randint(20, 59), "day": DAYS[day], "next_day": DAYS[(day + 1) % 7]}
     slots |= {"letters": "-".join(name.upper()), "verb": verb}
     slots |= {"function": OPERATIONS[verb][0], "sign": OPERATIONS[verb][1]}
     choices = {"city": CITIES, "topic": TOPICS, "service": SERVICES, "colour": COLOURS}
@@ -299,7 +254,7 @@ def _dialogue(seed: int, index: int) -> Messages:
     """1 to 3 turns; no task occurs twice in one dialogue (it would hand its answer to prompt look-up)."""
     rng = random.Random(f"dialogue/{seed}/{index}")
     messages: Messages = []
-    for questions, answer in rng.sample(TASKS, rng.choice((1, 1, 1, 2, 3))):
+    for questions, answer in rng.sample(TASKS, rng.choice(TURNS)):
         slots = _slots(rng)
         messages.append({"role": "user", "content": rng.choice(questions).format_map(slots)})
         messages.append({"role": "assistant", "content": answer.format_map(slots)})
@@ -335,15 +290,19 @@ def prompts(count: int, seed: int, *, exclude: Collection[str] = frozenset()) ->
     raise DataError(f"prompts: only {len(found)} of {count} are left after excluding {len(exclude)}; ask for fewer")
 
 
+def _source_files(root: str) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)  # in place: os.walk goes on with these
+        yield from (Path(folder, name) for name in sorted(files) if name.endswith(".py"))
+
+
 def source_texts(limit_bytes: int) -> Iterator[str]:
     """This Python's own library sources, `limit_bytes` of UTF-8 at most, in chunks that end with a line.
 
     Chunks hold about 2 kB. The text depends on the Python version (and on nothing else of the machine).
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    files = (p for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.relative_to(root).parts))
     left = limit_bytes
-    for path in sorted(files, key=lambda p: p.relative_to(root).as_posix()) if limit_bytes else ():
+    for path in _source_files(sysconfig.get_path("stdlib")) if limit_bytes else ():
         chunk, size = "", 0
         for line in [*path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), ""]:
             length = len(line.encode())
@@ -415,19 +374,22 @@ def token_blocks(tokenizer: PreTrainedTokenizerFast, documents: Iterable[Documen
 def learned_mask(tokenizer: PreTrainedTokenizerFast, blocks_NT: Tensor) -> Tensor:
     """Bool [N, T]: which tokens of token_blocks' result a base should learn to predict.
 
-    Those are the assistant's, its end token included, and all of a plain text. The random slots of questions
-    would only add noise: without them a tiny base learns to copy in half the steps.
+    Those are all of a plain text, and of a chat the assistant's, end tokens included, unless the block's edge
+    cut off their question. Questions are random and half an answer is guesswork: both would only add noise.
     """
     import torch
 
-    flat = blocks_NT.flatten()
-    off = ["<|system|>", "<|user|>", tokenizer.eos_token]
-    on = ["<|assistant|>", tokenizer.bos_token]
-    off_ids, on_ids = (torch.tensor(tokenizer.convert_tokens_to_ids(names)) for names in (off, on))
-    opens, closes = torch.isin(flat, on_ids), torch.isin(flat, off_ids)
-    at = torch.arange(len(flat))
-    latest = torch.where(opens | closes, at, -1).cummax(0).values.roll(1)  # control token before each position
-    latest[0] = -1
-    inside = (latest >= 0) & opens[latest.clamp(min=0)]
-    controls = opens | (closes & (flat != tokenizer.eos_token_id))
-    return (inside & ~controls).view_as(blocks_NT)
+    flat, at = blocks_NT.flatten(), torch.arange(blocks_NT.numel())
+
+    def latest(*tokens: str) -> Tensor:
+        """For each position the last one before it that holds one of the tokens, or -1."""
+        ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(tokens)))
+        return torch.cat([at.new_tensor([-1]), torch.where(torch.isin(flat, ids), at, -1).cummax(0).values[:-1]])
+
+    bos, eos = str(tokenizer.bos_token), str(tokenizer.eos_token)
+    opening, question, answer, end = latest(bos), latest("<|system|>", "<|user|>"), latest("<|assistant|>"), latest(eos)
+    text = opening > torch.stack([question, answer, end]).amax(0)
+    whole = question >= at - at % blocks_NT.shape[1]
+    answers = whole & (answer > torch.stack([opening, question, end]).amax(0))
+    markers = torch.isin(flat, torch.tensor([i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id]))
+    return ((text | answers) & ~markers).view_as(blocks_NT)

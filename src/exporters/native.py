@@ -66,11 +66,14 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
     folder = Path(folder)
     artifacts.verify(folder)
     described = artifacts.read_json(folder / "config.json")
-    if described.get("format") != FORMAT or described.get("format_version") != FORMAT_VERSION:
+    said = described if isinstance(described, dict) else {}
+    if said.get("format") != FORMAT or said.get("format_version") != FORMAT_VERSION:
         raise DataError(
-            f"{folder}/config.json: format {described.get('format')} {described.get('format_version')};"
+            f"{folder}/config.json: format {said.get('format')} {said.get('format_version')};"
             f" this version reads {FORMAT} {FORMAT_VERSION}"
         )
+    if not all(isinstance(said.get(group), dict) for group in ("base", "head")):
+        raise DataError(f"{folder}/config.json: does not describe its base and its head")
     for tie in TIES:
         theirs, ours = described["base"].get(tie), getattr(spec, tie)
         if theirs != ours:
@@ -80,6 +83,8 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
             )
     try:
         kind = config.target(described["head"], f"{folder}/config.json: head")
+        if not issubclass(kind, Head):
+            raise ConfigError(f"{folder}/config.json: head._target_: {kind.__name__} is no head")
         with torch.device("meta"):
             head: Head = kind(config.typed(described["head"], kind.Config, "head"), spec)
     except ConfigError as e:
@@ -87,7 +92,7 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
     try:
         tensors = load_file(folder / WEIGHTS, device=str(device))
         head.load_state_dict(tensors, strict=True, assign=True)
-    except (SafetensorError, RuntimeError) as e:
+    except (SafetensorError, RuntimeError, FileNotFoundError) as e:
         raise DataError(f"{folder / WEIGHTS}: {' '.join(str(e).split())}") from None
     return head.eval().requires_grad_(False)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,8 +57,9 @@ class Metrics(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
         if not (trainer.is_global_zero and step_done(trainer, idx) and module.measured):
             return
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        line = {"step": module.done(idx), **module.measured, "lr": lr, "tokens_per_second": self.clock.rate}
+        step, peak = module.done(idx), trainer.optimizers[0].param_groups[0]["initial_lr"]
+        lr = peak * module.settings.scheduler.factor(step - 1, module.steps)  # the group's lr is the next step's by now
+        line = {"step": step, **module.measured, "lr": lr, "tokens_per_second": self.clock.rate}
         with artifacts.disk(self.path, "metrics"), open(self.path, "a") as f:
             f.write(json.dumps(line) + "\n")
 
@@ -67,15 +69,15 @@ def truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError):  # torn, or inside a character, or not an object of ours
             break
     with artifacts.disk(path, "metrics"):
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
         os.replace(temporary, path)
 
 
@@ -124,8 +126,8 @@ class Checkpoints(L.Callback):
     """Saves every `every` steps, at the end, and when a signal asked to stop. A first signal finishes the
     step, saves and stops; a second one leaves at once, with the previous checkpoint intact."""
 
-    def __init__(self, folder: Path, every: int, keep: int) -> None:
-        self.folder, self.every, self.keep = folder, every, keep
+    def __init__(self, folder: Path, every: int, keep: int, ties: Mapping[str, str]) -> None:
+        self.folder, self.every, self.keep, self.ties = folder, every, keep, ties
         self.asked: int | None = None
         self.stopped_at: int | None = None
         self._before: dict[int, Any] = {}
@@ -159,7 +161,8 @@ class Checkpoints(L.Callback):
         if step % self.every == 0 or step == module.steps or stop:
             if trainer.is_global_zero:
                 heads = dict(module.each_head())
-                checkpoint.save(self.folder, step, heads, trainer.optimizers[0], self.keep)
+                optimizer = trainer.optimizers[0]
+                checkpoint.save(self.folder, step, heads, optimizer, keep=self.keep, ties=self.ties)
             trainer.strategy.barrier()
         if stop and step < module.steps:
             self.stopped_at = step

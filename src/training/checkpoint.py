@@ -28,14 +28,24 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class Checkpoint:
-    """One loaded checkpoint. tensors: head -> the file's tensors; updates: head -> optimiser updates made."""
+    """One loaded checkpoint. tensors: head -> the file's tensors; updates: head -> optimiser updates made;
+    ties: fingerprints of what the run trains on."""
 
     step: int
+    ties: dict[str, str]
     tensors: dict[str, dict[str, torch.Tensor]]
     updates: dict[str, int]
 
 
-def save(folder: Path, step: int, heads: Mapping[str, Head], optimizer: torch.optim.Optimizer, keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    heads: Mapping[str, Head],
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: int,
+    ties: Mapping[str, str],
+) -> Path:
     """Publishes step `step`, moves `last`, then deletes all but the newest `keep`."""
     target = folder / f"step-{step:08d}"
     updates: dict[str, int] = {}
@@ -43,9 +53,10 @@ def save(folder: Path, step: int, heads: Mapping[str, Head], optimizer: torch.op
         for name, head in heads.items():
             tensors, updates[name] = _tensors(head, optimizer)
             save_file(tensors, temporary / f"{name}.safetensors", metadata={"format": "pt"})
-        artifacts.write_json(temporary / "state.json", {"step": step, "updates": updates})
+        artifacts.write_json(temporary / "state.json", {"step": step, "updates": updates, "ties": dict(ties)})
     artifacts.write_json(folder / "last", {"checkpoint": target.name})
-    for old in _complete(folder)[:-keep]:
+    done = [name for name in _complete(folder) if name <= target.name]  # a later one is damaged, or it had resumed
+    for old in done[:-keep]:
         shutil.rmtree(folder / old)
     return target
 
@@ -68,7 +79,7 @@ def load(path: Path) -> Checkpoint:
         tensors = {name: load_file(path / f"{name}.safetensors") for name in state["updates"]}
     except SafetensorError as e:
         raise DataError(f"{path}: not safetensors ({e})") from None
-    return Checkpoint(state["step"], tensors, state["updates"])
+    return Checkpoint(state["step"], state["ties"], tensors, state["updates"])
 
 
 def restore(checkpoint: Checkpoint, heads: Mapping[str, Head], optimizer: torch.optim.Optimizer) -> None:
@@ -85,7 +96,7 @@ def restore(checkpoint: Checkpoint, heads: Mapping[str, Head], optimizer: torch.
                 p.copy_(_expect(tensors, f"weight.{parameter_name}", p, name))
             if checkpoint.updates[name]:
                 optimizer.state[p] = {
-                    "step": torch.tensor(float(checkpoint.updates[name])),
+                    "step": torch.tensor(float(checkpoint.updates[name]), device=p.device),
                     **{m: _expect(tensors, f"{m}.{parameter_name}", p, name).clone() for m in MOMENTS},
                 }
 

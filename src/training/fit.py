@@ -13,7 +13,7 @@ import torch
 
 from draftsmith import artifacts
 from draftsmith.contracts import BaseView, Batch, Head
-from draftsmith.errors import Interrupted, NumericsError
+from draftsmith.errors import DataError, Interrupted, NumericsError
 from draftsmith.training import callbacks, checkpoint, strategy
 from draftsmith.training.module import TrainModule, rekeyed
 from draftsmith.training.settings import Settings
@@ -28,19 +28,25 @@ def fit(
     steps: int,
     seed: int,
     settings: Settings,
+    ties: Mapping[str, str],
     more: Sequence[L.Callback] = (),
 ) -> L.Trainer:
     """Runs optimiser steps up to `steps`; the heads hold the result. data(start, stop) serves the steps.
+    ties: fingerprints of base and rows; a checkpoint made with others is refused (DataError).
 
     Raises Interrupted after a signal (a checkpoint was saved), NumericsError for a gradient that is not finite.
     """
     trainer = settings.trainer
-    if trainer.threads:
-        torch.set_num_threads(trainer.threads)
     folder = run_dir / "checkpoints"
     resume, skipped = checkpoint.load_last(folder)
+    changed = [name for name, value in ties.items() if resume and resume.ties.get(name) != value]
+    if changed:
+        raise DataError(
+            f"{folder}: its checkpoint was trained on other {' and '.join(changed)} than there are now;"
+            " bring them back or choose another run_dir"
+        )
     clock = callbacks.Clock()
-    checkpoints = callbacks.Checkpoints(folder, trainer.checkpoint_every, trainer.keep)
+    checkpoints = callbacks.Checkpoints(folder, trainer.checkpoint_every, trainer.keep, ties)
     module = TrainModule(
         base,
         heads,
@@ -102,7 +108,7 @@ def rehearse(base: BaseView, heads: Mapping[str, Head], batch: Batch) -> None:
         seen = base.capture(head.needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
         out = head.loss(base, seen, batch)
         if not bool(torch.isfinite(out.sum)):
-            raise NumericsError(f"{name}: the first batch's loss is {float(out.sum)}; check the base and the rows")
+            raise NumericsError(f"{name}: the first batch's loss is {out.sum.item()}; check base and rows")
         out.sum.backward()
         head.zero_grad(set_to_none=True)
 
@@ -116,5 +122,9 @@ def _quiet_lightning() -> None:
     """Hints about devices, loggers and workers that a user of ours cannot act on."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for text in (".*does not have many workers.*", ".*GPU available but not used.*", ".*`LightningModule.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
         warnings.filterwarnings("ignore", text)

@@ -139,7 +139,7 @@ class TrainModule(L.LightningModule):
             clip = self.optimizer.of(group["name"], "clip")
             norm = torch.nn.utils.clip_grad_norm_(group["params"], float("inf") if clip is None else clip)
             if not bool(norm.isfinite()):
-                step = self.start + self.trainer.global_step
+                step = self.start + self.trainer.global_step + 1  # as metrics.jsonl counts
                 raise NumericsError(
                     f"{group['name']}: gradient norm {float(norm)} in step {step}; weights are untouched and the last"
                     " checkpoint is good; lower optimizer.lr or look at the rows of that step"

@@ -3,20 +3,23 @@
     metrics = pretrain(model, blocks_NT, config=PretrainConfig(steps=100, batch_size=8, length=512), seed=0)
 
 Muon turns the matrices of the blocks, AdamW the rest (embeddings, norms); in minutes of CPU time that beats
-AdamW alone by far. Every token is a target, and a block's documents see each other: a toy base learns no
-worse from that, and training needs no mask. The number of steps is fixed, never the time, and one thread
-computes, so the weights depend on the seed and not on how many cores happen to be there.
+AdamW alone by far. For copying from its prompt, a tiny base needs both a mask (loss on answers only) and
+documents that do not see each other (`bos`): without them it learns the wording of an answer and invents
+the rest. The number of steps is fixed, never the time, and one thread computes, so the weights depend on
+the seed and not on how many cores happen to be there.
 
 Shape suffixes: N blocks, T positions, B rows of a batch, V vocabulary.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -76,9 +79,10 @@ class PretrainConfig:
 class Pretrain(pl.LightningModule):
     """One model, two optimizers, one loss. `losses` holds each step's loss in nats per token."""
 
-    def __init__(self, model: nn.Module, config: PretrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: PretrainConfig, bos: int | None) -> None:
         super().__init__()
         self.model = model
+        self.bos = bos
         self.config = config
         self.losses: list[float] = []
         self.automatic_optimization = False  # Lightning steps only one optimizer by itself
@@ -87,7 +91,8 @@ class Pretrain(pl.LightningModule):
         tokens_BT, mask_BT = batch
         targets_BT = tokens_BT.masked_fill(~mask_BT, IGNORED).roll(-1, dims=1)
         targets_BT[:, -1] = IGNORED
-        logits_BTV = self.model(input_ids=tokens_BT, use_cache=False).logits.float()
+        extra = {} if self.bos is None else {"position_ids": restarting_positions(tokens_BT, self.bos)}
+        logits_BTV = self.model(input_ids=tokens_BT, use_cache=False, **extra).logits.float()
         loss = nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
         self.losses.append(loss.item())
         if not math.isfinite(self.losses[-1]):
@@ -114,6 +119,12 @@ class Pretrain(pl.LightningModule):
                 [{"params": rest, "initial_lr": lr_rest}], lr=lr_rest, betas=(0.9, 0.95), weight_decay=0.0
             ),
         ]
+
+
+def restarting_positions(tokens_BT: Tensor, bos: int) -> Tensor:
+    """Positions [B, T] that are 0 at the start of each row and at each bos, and count on between them."""
+    at_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    return at_BT - torch.where(tokens_BT == bos, at_BT, 0).cummax(dim=1).values
 
 
 class Progress(pl.Callback):
@@ -143,13 +154,21 @@ def batches(count: int, config: PretrainConfig, seed: int) -> Iterator[list[int]
 
 
 def pretrain(
-    model: nn.Module, tokens_NT: Tensor, *, config: PretrainConfig, seed: int, mask_NT: Tensor | None = None
+    model: nn.Module,
+    tokens_NT: Tensor,
+    *,
+    config: PretrainConfig,
+    seed: int,
+    mask_NT: Tensor | None = None,
+    bos: int | None = None,
 ) -> dict[str, float]:
     """Trains `model` in place on the CPU and leaves it in eval mode, on the torch threads there were before.
 
     model: called as model(input_ids=[B, T], use_cache=False).logits; its initial weights are the caller's.
     tokens_NT: int64 [N, config.length]. mask_NT: bool, the same shape, True = learn to predict this token; None
-    = all of them, but for the first of a block. Returns loss (nats per token, mean of the last tenth of the steps),
+    = all of them, but for the first of a block. bos: the token that opens a document; with it positions restart
+    there, from which transformers' models conclude that documents do not see each other; None = they do.
+    Returns loss (nats per token, mean of the last tenth of the steps),
     first_loss, steps, tokens and cpu_seconds (of this process). ConfigError if the blocks have another
     length, NumericsError as soon as the loss is not finite.
     """
@@ -157,13 +176,12 @@ def pretrain(
         raise ConfigError(f"training.length: {config.length} does not fit blocks of shape {list(tokens_NT.shape)}")
     mask_NT = torch.ones_like(tokens_NT, dtype=torch.bool) if mask_NT is None else mask_NT
     order = list(batches(len(tokens_NT), config, seed))
-    loader = DataLoader(TensorDataset(tokens_NT, mask_NT), batch_sampler=order, generator=torch.Generator())  # type: ignore[arg-type]
-    module = Pretrain(model.train(), config)
+    loader = DataLoader(TensorDataset(tokens_NT, mask_NT), batch_sampler=order, generator=torch.Generator())
+    module = Pretrain(model.train(), config, bos)
     threads, start = torch.get_num_threads(), time.process_time()
     torch.set_num_threads(config.threads or threads)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # hints on workers, logging and idle accelerators: all chosen here
+        with _quiet():
             _trainer(config).fit(module, loader)
     finally:
         torch.set_num_threads(threads)
@@ -178,6 +196,20 @@ def pretrain(
     }
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's hints on workers, logging and idle accelerators: all of that is chosen here."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def _trainer(config: PretrainConfig) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu",
@@ -190,5 +222,4 @@ def _trainer(config: PretrainConfig) -> pl.Trainer:
         enable_progress_bar=False,
         use_distributed_sampler=False,
         callbacks=[Progress(config.print_every)],
-        barebones=False,
     )

@@ -105,6 +105,11 @@ class Settings:
     scheduler: SchedulerConfig
     optimizer_class: type
 
+    def __post_init__(self) -> None:
+        world = self.trainer.devices * self.trainer.num_nodes
+        if self.strategy.name == "single" and world > 1:
+            raise ConfigError(f"strategy: single with {world} processes; use strategy=ddp or trainer.devices=1")
+
     @classmethod
     def of(cls, cfg: Any) -> Settings:
         """From the groups trainer, strategy, optimizer and scheduler of a verb's configuration."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from draftsmith.errors import ConfigError
 from draftsmith.training.settings import StrategyConfig, TrainerConfig
 
 if TYPE_CHECKING:
@@ -16,10 +15,7 @@ PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 def arguments(strategy: StrategyConfig, trainer: TrainerConfig) -> dict[str, Any]:
     """Lightning's Trainer arguments for this strategy."""
-    world = trainer.devices * trainer.num_nodes
-    if strategy.name == "single" and world > 1:
-        raise ConfigError(f"strategy: single with {world} processes; use strategy=ddp or trainer.devices=1")
-    distributed = strategy.name == "ddp" or world > 1
+    distributed = strategy.name == "ddp" or trainer.devices * trainer.num_nodes > 1
     return {
         "accelerator": trainer.accelerator,
         "devices": trainer.devices,

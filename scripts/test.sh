@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Lint, then the tests; the arguments go to pytest. Plain `scripts/test.sh` runs what needs no accelerator, no
+# server and little time (pyproject.toml, addopts); `scripts/test.sh -m slow` runs the tests with that mark.
+#
+#   EXTRAS   what setup.sh installs    default: dev
+#   LINT=0   tests only
+set -euo pipefail
+. "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+"$root/scripts/setup.sh" "${EXTRAS:-dev}"
+cd -- "$root"
+[ "${LINT:-1}" = 0 ] || scripts/lint.sh
+
+# Nothing is downloaded or uploaded, and the two workers do not fight over the cores.
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+status=0
+"$VENV/bin/python" -m pytest -q -n 2 "$@" || status=$?
+if [ "$status" = 5 ]; then
+    echo "test: no test was chosen by: pytest $*" >&2
+fi
+exit "$status"

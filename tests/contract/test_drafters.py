@@ -1,0 +1,124 @@
+"""What every drafter without training owes us. Drafters are found in src/decoding/drafters."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from draftsmith.contracts import Needs
+from draftsmith.decoding import tree
+from draftsmith.decoding.engine import generate
+
+FOLDER = Path(__file__).parents[2] / "src" / "decoding" / "drafters"
+MODULES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
+PROMPTS = [[7], [3, 1, 4, 1, 5, 9, 2, 6], [11, 12, 13, 11, 12, 13, 11, 12]]
+COUNT = 40
+
+
+def kinds_in(module: str) -> list[Any]:
+    """The public classes of a module that can propose."""
+    members = vars(import_module(f"draftsmith.decoding.drafters.{module}")).values()
+    own = [m for m in members if inspect.isclass(m) and m.__module__.endswith(f".{module}")]
+    return [m for m in own if hasattr(m, "propose") and not m.__name__.startswith("_")]
+
+
+KINDS = [kind for module in MODULES for kind in kinds_in(module)]
+every_drafter = pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+every_exact_drafter = pytest.mark.parametrize(
+    "kind", [k for k in KINDS if not getattr(k, "lossy", False)], ids=lambda k: k.__name__
+)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Any) -> Any:
+    return tiny_base()
+
+
+@pytest.fixture(scope="module")
+def answers(base: Any) -> dict[int, list[int]]:
+    return {i: generate(base, prompt, max_new_tokens=COUNT).tokens for i, prompt in enumerate(PROMPTS)}
+
+
+@pytest.fixture(scope="module")
+def make(answers: dict[int, list[int]]) -> Callable[[Any, int], Any]:
+    """make(kind, prompt number): the drafter with its default settings and whatever else it asks to be given."""
+
+    def of(kind: Any, i: int) -> Any:
+        at_hand = {"config": kind.Config(), "text": [*PROMPTS[i], *answers[i]]}
+        asked = list(inspect.signature(kind).parameters)
+        assert set(asked) <= at_hand.keys(), f"{kind.__name__} asks for {asked}; give this test a way to make it"
+        return kind(**{name: at_hand[name] for name in asked})
+
+    return of
+
+
+def test_every_module_holds_a_drafter() -> None:
+    assert MODULES
+    assert [module for module in MODULES if not kinds_in(module)] == []
+
+
+@every_drafter
+def test_it_declares_itself(kind: Any, make: Any) -> None:
+    assert dataclasses.is_dataclass(kind.Config)
+    assert kind.Config.__dataclass_params__.frozen
+    assert type(kind.lossy) is bool
+    drafter = make(kind, 0)
+    assert isinstance(drafter.needs, Needs)
+    assert drafter.max_depth >= 1
+
+
+@every_drafter
+@pytest.mark.parametrize("depth", [1, 2, None])
+def test_what_it_proposes_is_a_tree_that_fits(
+    kind: Any, depth: int | None, base: Any, make: Any, recording: Any
+) -> None:
+    drafted = 0
+    for i, prompt in enumerate(PROMPTS):
+        drafter = recording(make(kind, i))
+        limit = drafter.max_depth if depth is None else min(depth, drafter.max_depth)
+        generate(base, prompt, drafter=drafter, shape=tree.chain(limit), max_new_tokens=COUNT)
+        for tokens, proposal in zip(drafter.tokens, drafter.proposals, strict=True):
+            ids, parents = proposal.tokens_N.tolist(), proposal.parents_N.tolist()
+            assert len(ids) == len(parents)
+            assert (ids[0], parents[0]) == (tokens[-1], -1)  # the root is the newest token
+            assert all(0 <= parent < node for node, parent in enumerate(parents[1:], start=1))
+            assert all(0 <= token < base.spec.vocab_size for token in ids)
+            assert int(tree.depths(proposal.parents_N).max()) <= limit
+            drafted += len(ids) - 1
+    assert drafted > 20
+
+
+@every_drafter
+def test_it_keeps_to_a_tree_cut_short_by_the_bases_last_positions(
+    kind: Any, make: Any, base: Any, tiny_base: Any, recording: Any
+) -> None:
+    short = tiny_base(max_position_embeddings=24)  # the same weights: positions are rotations here
+    for i, prompt in enumerate(PROMPTS):
+        drafter = recording(make(kind, i))
+        out = generate(short, prompt, drafter=drafter, max_new_tokens=COUNT)
+        assert out.finish == "positions"
+        assert out.tokens == generate(base, prompt, max_new_tokens=24 - len(prompt) + 1).tokens
+        assert all(
+            len(tokens) - 1 + int(tree.depths(p.parents_N).max()) < 24
+            for tokens, p in zip(drafter.tokens, drafter.proposals, strict=True)
+        )
+
+
+@every_exact_drafter
+@pytest.mark.parametrize("i", range(len(PROMPTS)))
+def test_greedy_decoding_returns_the_bases_own_tokens(kind: Any, i: int, base: Any, make: Any, answers: Any) -> None:
+    out = generate(base, PROMPTS[i], drafter=make(kind, i), max_new_tokens=COUNT)
+    assert out.tokens == answers[i] == base.generate([PROMPTS[i]], max_new_tokens=COUNT)[0]
+
+
+@every_drafter
+def test_the_same_again_is_the_same(kind: Any, base: Any, make: Any, recording: Any) -> None:
+    runs = [recording(make(kind, 2)) for _ in range(2)]
+    for drafter in runs:
+        generate(base, PROMPTS[2], drafter=drafter, max_new_tokens=COUNT)
+    first, second = ([p.tokens_N.tolist() for p in run.proposals] for run in runs)
+    assert first == second

@@ -1,0 +1,486 @@
+"""What every head owes us. Heads are found in conf/head/*.yaml, and each is also tried with every switch of its
+Config turned over; which tests apply is read from `role` and `lossy` of the class, never from a name."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from draftsmith import config
+from draftsmith.contracts import Batch, Capture, Head, LossOut, Needs, State
+from draftsmith.data.pack import collate, counts
+from draftsmith.data.rows import Row
+from draftsmith.decoding import tree
+from draftsmith.decoding.engine import generate
+from draftsmith.decoding.lossless import compare
+from draftsmith.errors import ConfigError
+from draftsmith.exporters import native
+from draftsmith.training.fit import new_head
+
+# role -> what a head of that role must offer beside forward and loss
+ROLES = {"drafter": ("propose", "max_depth")}
+FOLDER = Path(__file__).parents[2] / "conf" / "head"
+
+
+def faults(kind: Any) -> list[str]:
+    """What a class lacks to be a head; [] for a good one."""
+    found = [] if isinstance(kind, type) and issubclass(kind, Head) else ["is no subclass of contracts.Head"]
+    role, schema = getattr(kind, "role", None), getattr(kind, "Config", None)
+    if role not in ROLES:
+        found.append(f"role={role!r}: give one of {sorted(ROLES)}")
+    if type(getattr(kind, "lossy", None)) is not bool:
+        found.append("lossy: say True or False")
+    found += [f"{role} without {name}" for name in ROLES.get(role, ()) if not hasattr(kind, name)]
+    if not (dataclasses.is_dataclass(schema) and schema.__dataclass_params__.frozen):
+        found.append("Config: give a frozen dataclass")
+    if getattr(kind, "forward", nn.Module.forward) is nn.Module.forward:
+        found.append("has no forward")
+    return found + [f"{name} is missing" for name in sorted(getattr(kind, "__abstractmethods__", ()))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    name: str
+    kind: Any
+    own: Any  # the typed config
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def variants() -> list[Variant]:
+    """Every head yaml as it stands, and with each of its switches turned over where its Config allows that."""
+    found = []
+    for path in sorted(FOLDER.glob("*.yaml")):
+        node: Any = OmegaConf.to_container(OmegaConf.load(path))
+        kind = config.target(node, f"heads.{path.stem}")
+        for switch in [None, *(k for k, v in node.items() if isinstance(v, bool))]:
+            values = node if switch is None else {**node, switch: not node[switch]}
+            try:
+                own = config.typed(values, kind.Config, f"heads.{path.stem}")
+            except ConfigError:
+                if switch is None:
+                    raise
+                continue
+            found.append(Variant(path.stem + (f"-{switch}" if switch else ""), kind, own))
+    return found
+
+
+VARIANTS = variants()
+every_head = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+drafters = [v for v in VARIANTS if getattr(v.kind, "role", None) == "drafter"]
+every_drafter = pytest.mark.parametrize("variant", drafters, ids=str)
+every_exact_drafter = pytest.mark.parametrize("variant", [v for v in drafters if not v.kind.lossy], ids=str)
+
+
+@pytest.fixture
+def make(tiny_base: Any, noisy: Any) -> Callable[..., tuple[Any, Head]]:
+    """make(variant, scale): the tiny base and a new head; scale: noise on its weights, 0 = as training starts."""
+
+    def of(variant: Variant, scale: float = 0.1, seed: int = 0) -> tuple[Any, Head]:
+        base = tiny_base()
+        return base, noisy(new_head(variant.kind, variant.own, variant.name, base, seed), scale)
+
+    return of
+
+
+LENGTH = 26
+ROWS = [  # (tokens, of which the last so many are to be learned); two packs, three documents in one of them
+    (12, 9),
+    (9, 5),
+    (4, 2),
+    (20, 17),
+]
+
+
+def a_batch(horizon: int, learn: Callable[[int, int], bool] | None = None, seed: int = 0) -> Batch:
+    """Two packed sequences with padding. learn(document, position) chooses the targets, by default ROWS does."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for d, (n, learned) in enumerate(ROWS):
+        ids = torch.randint(0, 60, (n,), generator=generator).tolist()
+        mask = [int(learn(d, t) if learn else t >= n - learned) for t in range(n)]
+        rows.append(Row(str(d), ids, mask))
+    total = torch.stack([counts(r, horizon) for r in rows]).sum(0)
+    return collate([rows[:3], rows[3:]], LENGTH, total)
+
+
+def capture(base: Any, needs: Needs, batch: Batch) -> Capture:
+    """As training does it."""
+    return base.capture(needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
+
+
+def loss_of(base: Any, head: Head, batch: Batch, **more: Any) -> LossOut:
+    return head.loss(base, capture(base, head.needs, batch), batch, **more)
+
+
+def train(base: Any, head: Head, batch: Batch, steps: int, lr: float = 5e-3) -> list[float]:
+    seen, optimizer, losses = capture(base, head.needs, batch), torch.optim.AdamW(head.parameters(), lr=lr), []
+    for _ in range(steps):
+        out = head.loss(base, seen, batch, measure=False)
+        optimizer.zero_grad()
+        (out.sum / out.count).backward()
+        optimizer.step()
+        losses.append(float(out.sum.detach() / out.count))
+    return losses
+
+
+def overhear(head: Head, work: Callable[[], Any]) -> tuple[Any, list[list[Tensor]]]:
+    """work()'s result, and what the head's own forward returned meanwhile, call by call."""
+    outputs: list[list[Tensor]] = []
+    hook = head.register_forward_hook(lambda module, args, out: outputs.append(tensors_in(out)))
+    result = work()
+    hook.remove()
+    return result, outputs
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value.detach().clone()]
+    return [t for v in value for t in tensors_in(v)] if isinstance(value, list | tuple) else []
+
+
+def assert_same(a: list[list[Tensor]], b: list[list[Tensor]], relative: float) -> None:
+    """Equal up to `relative` of the largest value; 0 asks for the same bits."""
+    assert len(a) == len(b) > 0, "propose must call the head's forward"
+    for x, y in zip([t for call in a for t in call], [t for call in b for t in call], strict=True):
+        assert x.shape == y.shape
+        assert float((x - y).abs().max()) <= relative * float(y.abs().max())
+
+
+def shape_for(head: Any, width: int = 3) -> Any:
+    """A tree as deep as the head, `width` wide at the first depth and 2 at the second."""
+    return tree.by_widths([width, 2, 1, 1, 1, 1, 1, 1][: head.max_depth])
+
+
+def replay(base: Any, head: Any, text: list[int], starts: list[int], seen: Capture, shape: Any) -> list[list[int]]:
+    """Proposals of the head after text[:n] for n in starts, given the capture of the whole text."""
+    proposed, before = [], 0
+    for n in starts:
+        state = State(text[:n], text[n - 1], seen.at(torch.arange(before, n - 1)), shape)
+        proposed.append(head.propose(base, state).tokens_N.tolist())
+        before = n - 1
+    return proposed
+
+
+# The class
+
+
+@every_head
+def test_it_is_a_head_with_a_role(variant: Variant) -> None:
+    assert faults(variant.kind) == []
+
+
+def test_what_is_no_head_is_told_so() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        pass
+
+    class Whole(Head):
+        Config = Settings
+        role = "drafter"
+        max_depth = 1
+        needs = Needs()
+        horizon = 1
+
+        def initialise(self, base: Any) -> None: ...
+        def loss(self, base: Any, seen: Any, batch: Any, *, measure: bool = True) -> Any: ...
+        def forward(self) -> None: ...
+        def propose(self, base: Any, state: Any) -> None: ...
+
+    def without(**changes: Any) -> list[str]:
+        return faults(type("Changed", (Whole,), changes))
+
+    parts = {k: v for k, v in vars(Whole).items() if not k.startswith("__") and k != "_abc_impl"}
+    assert faults(Whole) == []
+    assert faults(type("Roleless", (Head,), {k: v for k, v in parts.items() if k != "role"})) == [
+        "role=None: give one of ['drafter']"
+    ]
+    assert "role='gatekeeper'" in without(role="gatekeeper")[0]
+    assert without(lossy="no") == ["lossy: say True or False"]
+    assert without(Config=dataclasses.make_dataclass("Open", [])) == ["Config: give a frozen dataclass"]
+    for name, told in (("propose", "drafter without propose"), ("loss", "loss is missing"), ("forward", "has no for")):
+        assert faults(type("Partial", (Head,), {k: v for k, v in parts.items() if k != name}))[0].startswith(told)
+    assert "is no subclass of contracts.Head" in faults(nn.Linear)
+
+
+@every_head
+def test_it_says_what_it_needs(variant: Variant, make: Any) -> None:
+    base, head = make(variant)
+    assert isinstance(head.needs, Needs)
+    assert head.needs.hidden <= set(range(base.spec.num_layers + 1))
+    assert head.horizon >= 1
+    assert head.role != "drafter" or head.max_depth >= 1
+
+
+class NoMemory(TorchDispatchMode):
+    """Fails on any operation that makes a tensor outside the meta device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, list | tuple) else [out]:
+            assert not isinstance(t, Tensor) or t.is_meta, f"{func} made a tensor on {t.device}"
+        return out
+
+
+@every_head
+def test_on_the_meta_device_nothing_is_allocated(variant: Variant, make: Any) -> None:
+    base, real = make(variant)
+    with torch.device("meta"), NoMemory():
+        head = variant.kind(variant.own, base.spec)
+    shapes = {name: t.shape for name, t in head.state_dict().items()}
+    assert all(t.is_meta for t in head.state_dict().values())
+    assert shapes == {name: t.shape for name, t in real.state_dict().items()}
+
+
+@every_head
+def test_it_starts_from_seed_and_name_alone(variant: Variant, make: Any) -> None:
+    before = torch.random.get_rng_state()
+    (_, one), (_, two) = make(variant, 0.0), make(variant, 0.0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert all(torch.isfinite(p).all() for p in one.parameters())
+
+
+# Training
+
+
+@every_head
+def test_the_loss_falls_on_one_batch(variant: Variant, make: Any) -> None:
+    base, head = make(variant, 0.0)
+    losses = train(base, head, a_batch(head.horizon), 60)
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@every_head
+def test_gradients_reach_every_parameter_of_the_head_and_none_of_the_base(variant: Variant, make: Any) -> None:
+    base, head = make(variant)
+    before = base.weights_sha256()
+    frozen = [*base.model.parameters(), *base.model.buffers()]
+    loss_of(base, head, a_batch(head.horizon)).sum.backward()
+    assert [n for n, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [p.shape for p in frozen if p.grad is not None or p.requires_grad] == []
+    assert {p.data_ptr() for p in head.parameters()} & {p.data_ptr() for p in frozen} == set()
+    assert len({p.data_ptr() for p in head.parameters()}) == len(list(head.parameters()))
+    train(base, head, a_batch(head.horizon), 3)
+    assert base.weights_sha256() == before
+
+
+@every_head
+def test_the_normaliser_belongs_to_the_batch_and_metrics_carry_no_gradient(variant: Variant, make: Any) -> None:
+    (base, one), (_, two) = make(variant, 0.1), make(variant, 1.0)
+    batch = a_batch(one.horizon)
+    a, b = loss_of(base, one, batch), loss_of(base, two, batch)
+    assert float(a.sum.detach()) != float(b.sum.detach())
+    assert a.sum.ndim == a.count.ndim == 0
+    assert int(a.count) == int(b.count) > 0
+    assert a.metrics.keys() == b.metrics.keys()
+    assert not any(t.requires_grad or t.ndim for pair in a.metrics.values() for t in pair)
+    assert torch.equal(a.sum, loss_of(base, one, batch, measure=False).sum)
+
+
+@every_head
+def test_the_sum_is_that_of_its_rows(variant: Variant, make: Any) -> None:
+    """So that any cut into micro-batches and processes gives the same gradient."""
+    base, head = make(variant)
+    whole = a_batch(head.horizon)
+    halves = [
+        Batch(**{k: v if k == "counts_K" else v[i : i + 1] for k, v in vars(whole).items()})
+        for i in range(len(whole.tokens_BT))
+    ]
+    sums = [loss_of(base, head, half) for half in halves]
+    torch.testing.assert_close(sum(out.sum for out in sums), loss_of(base, head, whole).sum)
+    assert {int(out.count) for out in sums} == {int(loss_of(base, head, whole).count)}
+
+
+@every_head
+def test_a_batch_with_nothing_to_learn_costs_nothing(variant: Variant, make: Any) -> None:
+    base, head = make(variant)
+    out = loss_of(base, head, a_batch(head.horizon, lambda document, t: False))
+    (out.sum / out.count.clamp(min=1)).backward()
+    assert (float(out.sum.detach()), int(out.count)) == (0.0, 0)
+    assert all(p.grad is None or not p.grad.any() for p in head.parameters())
+
+
+@every_head
+def test_a_forward_shared_with_other_heads_changes_nothing(variant: Variant, make: Any) -> None:
+    base, head = make(variant)
+    batch = a_batch(head.horizon)
+    everything = Needs(frozenset(range(base.spec.num_layers + 1)), final=True, logits=True)
+    assert torch.equal(head.loss(base, capture(base, everything, batch), batch).sum, loss_of(base, head, batch).sum)
+
+
+# Leakage: document 0 stands at positions 0..11 of the first sequence, document 1 at 12..20.
+DOCUMENT, FIRST, TARGET = 1, 12, 16
+
+
+def only_target(head: Head) -> Batch:
+    return a_batch(head.horizon, lambda document, t: (document, FIRST + t) == (DOCUMENT, TARGET))
+
+
+@every_head
+def test_the_loss_of_a_token_looks_only_at_what_stands_before_it(variant: Variant, make: Any) -> None:
+    base, head = make(variant)
+    batch = only_target(head)
+    seen = capture(base, head.needs, batch)
+    leaves = [t for t in (seen.final, seen.logits, *seen.hidden.values()) if t is not None]
+    for t in leaves:
+        t.requires_grad_()
+    head.loss(base, seen, batch).sum.backward()
+    reached = {tuple(at) for t in leaves if t.grad is not None for at in t.grad.abs().sum(-1).nonzero().tolist()}
+    assert reached, "the only target has no effect on the loss"
+    assert reached <= {(0, t) for t in range(FIRST, TARGET)}
+
+
+@every_head
+@pytest.mark.parametrize("where", ["after", "other documents"])
+def test_tokens_that_may_not_be_seen_change_nothing(variant: Variant, where: str, make: Any) -> None:
+    base, head = make(variant)
+    batch = only_target(head)
+    changed = batch.tokens_BT.clone()
+    if where == "after":
+        changed[0, TARGET + 1 :] = (changed[0, TARGET + 1 :] + 7) % 60
+    else:
+        changed[0, :FIRST] = (changed[0, :FIRST] + 7) % 60
+        changed[1] = (changed[1] + 7) % 60
+    same = loss_of(base, head, dataclasses.replace(batch, tokens_BT=changed)).sum
+    torch.testing.assert_close(same, loss_of(base, head, batch).sum, rtol=1e-6, atol=0)
+    changed[0, TARGET - head.horizon :] = (changed[0, TARGET - head.horizon :] + 7) % 60
+    other = loss_of(base, head, dataclasses.replace(batch, tokens_BT=changed)).sum
+    assert abs(float(other.detach() - same.detach())) > 1e-3  # the check can tell
+
+
+@every_drafter
+def test_its_logits_do_not_know_later_tokens(variant: Variant, make: Any) -> None:
+    base, head = make(variant)
+    text = torch.randint(0, 60, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+    heard = []
+    for whole in (text, text[:20] + [(t + 7) % 60 for t in text[20:]]):
+        seen = base.capture(head.needs, torch.tensor([whole]))
+        drafting = lambda seen=seen: replay(base, head, text, [9, 10, 14, 20], seen, shape_for(head))  # noqa: E731
+        heard.append(overhear(head, drafting)[1])
+    assert_same(heard[0], heard[1], 1e-6)
+
+
+# Training and decoding are the same function
+
+
+@every_drafter
+def test_logits_in_training_equal_those_in_decoding(variant: Variant, make: Any, recording: Any) -> None:
+    """The engine's incremental captures against the capture of a packed batch that holds the same text."""
+    base, head = make(variant)
+    shape, engine, prompt = shape_for(head), recording(head), [5, 9, 2, 41, 17]
+    out, decoding = overhear(head, lambda: generate(base, prompt, drafter=engine, shape=shape, max_new_tokens=40))
+    starts = [len(t) for t in engine.tokens]
+    assert len({b - a for a, b in itertools.pairwise(starts)}) > 1  # some drafts kept, some not
+    text = [*prompt, *out.tokens]
+    before = 7  # the text is the second document of its sequence
+    rows = [Row("a", list(range(before)), [1] * before), Row("b", text, [1] * len(text))]
+    batch = collate([rows], before + len(text) + 4, counts(rows[1], head.horizon))
+    packed = capture(base, head.needs, batch).at(torch.arange(before, before + len(text)))
+    again, training = overhear(head, lambda: replay(base, head, text, starts, packed, shape))
+    assert again == [p.tokens_N.tolist() for p in engine.proposals]
+    assert_same(training, decoding, 1e-5)
+
+
+@every_drafter
+def test_the_estimate_in_training_is_what_drafting_would_reach(variant: Variant, make: Any) -> None:
+    """`tokens_per_step` of the loss counts, over positions, the base's token and the drafts right in a row;
+    here the head drafts at every one of these positions. A shift between the two would show."""
+    base, head = make(variant, 0.0)
+    batch = a_batch(head.horizon)
+    train(base, head, batch, 25)
+    seen = capture(base, head.needs, batch)
+    told, positions = loss_of(base, head, batch).metrics["tokens_per_step"]
+    drafted_right = asked = 0
+    for b, documents in enumerate(batch.documents_BT):
+        for d in range(int(documents.max()) + 1):
+            where = (documents == d).nonzero().squeeze(1)
+            ids, learned = batch.tokens_BT[b, where].tolist(), batch.mask_BT[b, where].tolist()
+            row = Capture(
+                {k: v[b : b + 1] for k, v in seen.hidden.items()},
+                None if seen.final is None else seen.final[b : b + 1],
+                None if seen.logits is None else seen.logits[b : b + 1],
+            ).at(where)
+            for n in range(2, len(ids)):  # the root is ids[n - 1], the first draft aims at ids[n]
+                if not learned[n]:
+                    continue
+                asked += 1
+                state = State(ids[:n], ids[n - 1], row.at(torch.arange(n - 1)), tree.chain(head.max_depth))
+                for k, token in enumerate(head.propose(base, state).tokens_N.tolist()[1:]):
+                    if n + k >= len(ids) or not learned[n + k] or token != ids[n + k]:
+                        break
+                    drafted_right += 1
+    assert int(positions) == asked
+    assert int(told) == asked + drafted_right
+    assert 0.2 * asked < drafted_right < 0.95 * asked * head.max_depth  # neither nothing nor everything
+
+
+# Decoding
+
+
+@every_exact_drafter
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+@pytest.mark.parametrize("form", ["chain", "tree"])
+def test_greedy_decoding_returns_the_bases_own_tokens(
+    variant: Variant, scale: float, form: str, make: Any, rescorer: Any
+) -> None:
+    base, head = make(variant, scale)
+    shape = tree.chain(head.max_depth) if form == "chain" else shape_for(head)
+    before = base.weights_sha256()
+    steps = 0
+    for prompt in ([7], [3, 1, 4, 1, 5, 9, 2, 6], list(range(30, 55))):
+        out = generate(base, prompt, drafter=head, shape=shape, max_new_tokens=40)
+        reference = generate(base, prompt, max_new_tokens=40).tokens
+        assert out.tokens == reference == base.generate([prompt], max_new_tokens=40)[0]
+        found = compare(prompt, reference, lambda prefix, limit, out=out: out.tokens, rescorer(base))
+        assert (found.tokens, found.mismatches, found.near_ties) == (40, 0, 0)
+        steps += out.steps
+    assert steps > 3 * 40 / (shape.depth + 1), "every draft was right: nothing was put to the test"
+    assert base.weights_sha256() == before
+
+
+# On disk
+
+
+@every_head
+def test_it_comes_back_from_its_native_folder_bit_for_bit(variant: Variant, make: Any, tmp_path: Path) -> None:
+    base, head = make(variant)
+    native.save(tmp_path / "head", head, name=variant.name)
+    back = native.load(tmp_path / "head", base.spec)
+    assert type(back) is type(head)
+    assert back.config == head.config
+    assert back.state_dict().keys() == head.state_dict().keys()
+    assert all(torch.equal(t, back.state_dict()[name]) for name, t in head.state_dict().items())
+    assert load_file(tmp_path / "head" / native.WEIGHTS).keys() == dict(head.named_parameters()).keys() | {
+        name for name, _ in head.named_buffers() if name in head.state_dict()
+    }
+    batch = a_batch(head.horizon)
+    assert torch.equal(loss_of(base, back, batch).sum, loss_of(base, head, batch).sum)
+
+
+@every_drafter
+def test_what_comes_back_drafts_the_same(variant: Variant, make: Any, tmp_path: Path) -> None:
+    base, head = make(variant)
+    native.save(tmp_path / "head", head, name=variant.name)
+    back: Any = native.load(tmp_path / "head", base.spec)
+    text = list(range(20, 45))
+    seen = base.capture(head.needs, torch.tensor([text]))
+    drafted, logits = overhear(head, lambda: replay(base, head, text, [5, 6, 11], seen, shape_for(head)))
+    again, its_logits = overhear(back, lambda: replay(base, back, text, [5, 6, 11], seen, shape_for(back)))
+    assert again == drafted
+    assert_same(its_logits, logits, 0)
+
+
+def test_every_head_yaml_is_tried() -> None:
+    assert {v.name.partition("-")[0] for v in VARIANTS} == {p.stem for p in FOLDER.glob("*.yaml")}
+    assert drafters

@@ -1,0 +1,84 @@
+"""A micro base and its rows as files, and the command line as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from draftsmith.base import create
+from draftsmith.data import synthetic
+
+ROOT = Path(__file__).parents[2]
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with base/ (random weights, a real tokenizer), rows.jsonl (16 rows of token ids),
+    chats.jsonl and prompts.jsonl."""
+    folder = tmp_path_factory.mktemp("micro")
+    chats = list(synthetic.dialogues(40, seed=5))
+    tokenizer = synthetic.train_tokenizer(chats, 400)
+    (folder / "base").mkdir()
+    create.save(create.llama(SHAPE, tokenizer, seed=0), tokenizer, folder / "base")
+    rng = random.Random(0)
+    rows = []
+    for i in range(16):  # no two fit into 64 tokens: 16 packs, 8 steps an epoch
+        ids = [rng.randrange(10, 300) for _ in range(rng.randint(40, 60))]
+        rows.append({"id": str(i), "ids": ids, "mask": [0] * 6 + [1] * (len(ids) - 6)})
+    lines(folder / "rows.jsonl", rows)
+    lines(folder / "chats.jsonl", [{"messages": c} for c in chats[:12]])
+    lines(folder / "prompts.jsonl", [{"messages": c[:1]} for c in chats[:6]])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def training(micro: Path) -> list[str]:
+    """Overrides that train a head on the micro base: 16 packs of 64 tokens, two per step."""
+    return [
+        "base=hf",
+        f"base.path={micro / 'base'}",
+        "data=jsonl",
+        f"data.path={micro / 'rows.jsonl'}",
+        "data.length=64",
+        "data.batch_size=2",
+        "trainer.threads=1",
+        "trainer.epochs=null",
+        "trainer.log_every=1",
+    ]
+
+
+def lines(path: Path, rows: list) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def start(command: list[str], cwd: Path, **environment: str) -> subprocess.Popen:
+    """The command in its own process, with nothing but what a user has; stderr joins stdout."""
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "DRAFTSMITH_CACHE": str(cwd / "cache"), **environment}
+    return subprocess.Popen(
+        command, cwd=cwd, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def draftsmith(verb: str, *overrides: str, cwd: Path, **environment: str) -> tuple[int, str]:
+    """(exit code, output) of `python -m draftsmith.<verb>`."""
+    return finish(start([sys.executable, "-m", f"draftsmith.{verb}", *overrides], cwd, **environment))
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output

@@ -1,0 +1,207 @@
+"""Every yaml of conf/ composes through the verbs that offer it, fits its dataclass and builds what it names."""
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from draftsmith import bench, config, prepare
+from draftsmith.cli import VERBS
+from draftsmith.contracts import BaseSpec, Head
+from draftsmith.data.prompts import PromptsConfig
+from draftsmith.data.rows import DataConfig
+from draftsmith.decoding.referee import BaselinesConfig, DecodingConfig
+from draftsmith.errors import ConfigError
+from draftsmith.training.pretrain import PretrainConfig
+from draftsmith.training.settings import OptimizerConfig, SchedulerConfig, Settings, StrategyConfig, TrainerConfig
+
+CONF = Path(__file__).parents[1] / "conf"
+SPEC = BaseSpec("llama", 32, 48, 60, 2, 4, 2, 8, 128)
+# group -> the dataclass of its values; a head or an exporter names its own by `_target_`
+SCHEMAS: dict[str, type] = {
+    "base": prepare.BaseConfig,
+    "data": DataConfig,
+    "decoding": DecodingConfig,
+    "optimizer": OptimizerConfig,
+    "scheduler": SchedulerConfig,
+    "strategy": StrategyConfig,
+    "trainer": TrainerConfig,
+}
+TARGETED = {"head", "exporter"}
+# what a verb's own file holds beside the groups: (verb, key) -> its dataclass
+OWN: dict[tuple[str, str], type] = {
+    ("evaluate", "prompts"): PromptsConfig,
+    ("evaluate", "baselines"): BaselinesConfig,
+    ("bench", "base"): bench.ShapeConfig,
+    ("bench", "data"): bench.ChatsConfig,
+}
+ROOTS = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "command")
+CHOICES = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
+CHOICES = {group: names for group, names in sorted(CHOICES.items()) if names}
+
+
+def defaults_of(verb: str) -> dict[str, list[str]]:
+    """group -> what the verb chooses of it when nothing is said; [] for none."""
+    entries = [e for e in OmegaConf.load(CONF / f"{verb}.yaml").defaults if OmegaConf.is_dict(e)]
+    chosen = {str(group): name for e in entries for group, name in e.items()}
+    return {g: [] if n is None else [n] if isinstance(n, str) else list(n) for g, n in chosen.items()}
+
+
+OFFERED = [(verb, group, name) for verb in ROOTS for group in defaults_of(verb) for name in CHOICES[group]]
+
+
+def compose(verb: str, *overrides: str) -> DictConfig:
+    """As the command line would, with a word in place of everything that only a user can know."""
+    cfg = config.compose(verb, overrides)
+    for key in OmegaConf.missing_keys(cfg):
+        OmegaConf.update(cfg, key, "given")
+    return cfg
+
+
+def choose(group: str, name: str) -> str:
+    return f"{group}=[{name}]" if group == "head" else f"{group}={name}"
+
+
+def parts(verb: str, cfg: DictConfig) -> Iterator[tuple[str, Any, type]]:
+    """(key, node, dataclass) of everything in a verb's configuration that has one."""
+    for name in cfg.get("heads") or {}:
+        yield f"heads.{name}", cfg.heads[name], config.target(cfg.heads[name], f"heads.{name}").Config
+    if "exporter" in cfg:
+        yield "exporter", cfg.exporter, config.target(cfg.exporter, "exporter").Config
+    for group, schema in SCHEMAS.items():
+        if group in defaults_of(verb) and cfg.get(group) is not None:
+            yield group, cfg[group], schema
+    for (owner, key), schema in OWN.items():
+        if owner == verb:
+            yield key, cfg[key], schema
+
+
+def check(verb: str, cfg: DictConfig) -> int:
+    """Types every part; the number of parts."""
+    typed = [config.typed(node, schema, key) for key, node, schema in parts(verb, cfg)]
+    for base in (t for t in typed if isinstance(t, prepare.BaseConfig) and t.recipe):
+        config.typed(base.recipe["training"], PretrainConfig, "base.recipe.training")
+    return len(typed)
+
+
+def missing(node: Any, schema: type, key: str) -> list[str]:
+    """Fields of the dataclass, and of those inside it, that the yaml does not show."""
+    found = []
+    for field in dataclasses.fields(schema):
+        hint = typing.get_type_hints(schema)[field.name]
+        inner = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+        if field.name not in node:
+            found.append(f"{key}.{field.name}")
+        elif inner and node[field.name] is not None:
+            found += missing(node[field.name], inner, f"{key}.{field.name}")
+    return found
+
+
+def test_every_verb_has_a_root_and_a_module() -> None:
+    assert sorted(VERBS) == ROOTS
+    for verb in VERBS:
+        module = import_module(f"draftsmith.{verb}")
+        assert callable(module.run)
+        assert callable(module.main)
+
+
+def test_every_group_is_known_here_and_offered_by_a_verb() -> None:
+    assert set(CHOICES) == {*SCHEMAS, *TARGETED, "experiment"}
+    assert {group for _, group, _ in OFFERED} == set(CHOICES)
+
+
+@pytest.mark.parametrize("verb", ROOTS)
+def test_a_verb_composes_as_it_is(verb: str) -> None:
+    cfg = compose(verb)
+    assert check(verb, cfg) >= len([g for g, names in defaults_of(verb).items() if names and g != "experiment"])
+    assert cfg.debug is False
+
+
+@pytest.mark.parametrize(("verb", "group", "name"), OFFERED, ids=["-".join(o) for o in OFFERED])
+def test_every_choice_of_every_group_composes_and_fits(verb: str, group: str, name: str) -> None:
+    cfg = compose(verb, choose(group, name))
+    assert check(verb, cfg)
+    if group == "experiment":
+        assert cfg.experiment == name  # the run directory is named after it
+
+
+@pytest.mark.parametrize("verb", ROOTS)
+def test_the_default_yaml_shows_every_key(verb: str) -> None:
+    """What cannot be seen in --cfg job cannot be changed without reading the code."""
+    found = [gap for key, node, schema in parts(verb, compose(verb)) for gap in missing(node, schema, key)]
+    assert found == []
+
+
+@pytest.mark.parametrize("name", CHOICES["head"])
+def test_every_head_yaml_shows_every_key_and_builds_without_memory(name: str) -> None:
+    cfg = compose("train", f"head=[{name}]")
+    assert list(cfg.heads) == [name], f"conf/head/{name}.yaml: its first line must be `# @package heads.{name}`"
+    with torch.device("meta"):
+        head = config.build(cfg.heads[name], f"heads.{name}", spec=SPEC)
+    assert isinstance(head, Head)
+    assert {p.device.type for p in head.parameters()} == {"meta"}
+    assert missing(cfg.heads[name], type(head).Config, f"heads.{name}") == []
+
+
+@pytest.mark.parametrize("name", CHOICES["exporter"])
+def test_every_exporter_builds(name: str) -> None:
+    assert callable(config.build(compose("export", f"exporter={name}").exporter, "exporter").save)
+
+
+@pytest.mark.parametrize("name", CHOICES["optimizer"])
+def test_every_optimizer_is_one(name: str) -> None:
+    settings = Settings.of(compose("train", f"optimizer={name}"))
+    assert issubclass(settings.optimizer_class, torch.optim.Optimizer)
+
+
+def targets_in(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        yield from (v for k, v in node.items() if k == "_target_")
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else []:
+        yield from targets_in(value)
+
+
+def test_every_target_in_every_yaml_is_allowed_and_there() -> None:
+    found = {t for p in CONF.rglob("*.yaml") for t in targets_in(OmegaConf.to_container(OmegaConf.load(p)))}
+    assert len(found) >= 4
+    for name in found:
+        assert isinstance(config.target({"_target_": name}, "here"), type)
+
+
+@pytest.mark.parametrize("name", ["os.system", "torch.load", "draftsmith_evil.Head", "builtins.eval", "torch.optim"])
+def test_other_targets_are_refused_before_they_are_imported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(module: str) -> None:
+        raise AssertionError(f"{module} was imported")
+
+    monkeypatch.setattr(config, "import_module", never)
+    with pytest.raises(ConfigError, match=r"heads\.medusa\._target_.*not allowed"):
+        config.target({"_target_": name}, "heads.medusa")
+
+
+def test_a_second_instance_of_a_head_has_its_own_name_and_values() -> None:
+    cfg = compose("train", "head=[medusa]", "+head@heads.medusa5=medusa", "heads.medusa5.num_heads=5")
+    built = {name: config.build(node, f"heads.{name}", spec=SPEC) for name, node in cfg.heads.items()}
+    assert {name: head.max_depth for name, head in built.items()} == {"medusa": 3, "medusa5": 5}
+
+
+def test_the_keys_that_do_not_make_a_run_another_run_exist() -> None:
+    """A renamed key left behind in this list would quietly become part of a run's identity."""
+    cfg = compose("train")
+    assert [key for key in config.MACHINE_KEYS if OmegaConf.select(cfg, key, default="gone") == "gone"] == []
+    before = config.identity(compose("train"))
+    moved = config.identity(compose("train", "run_dir=elsewhere", "trainer.threads=2", "debug=true"))
+    assert before == moved
+    assert before != config.identity(compose("train", "seed=1"))
+
+
+def test_what_quickstart_passes_on_composes() -> None:
+    cfg = compose("quickstart")
+    assert check("train", compose("train", "experiment=quickstart", f"seed={cfg.seed}", *cfg.train))
+    assert compose("evaluate", *cfg.evaluate).threads == 1
+    assert compose("export", "exporter=portable", "run_dir=a", "out=b").out == "b"
