@@ -83,6 +83,21 @@ def write_json(path: Path, value: Any) -> None:
         _sync(path.parent)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file of contiguous, unshared tensors. A full disk is a ResourceError here too: safetensors
+    reports the operating system's refusal as an error of its own."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with disk(path, path.name):
+        try:
+            save_file(dict(tensors), path, metadata={"format": "pt"})
+        except SafetensorError as e:
+            if "os error" not in str(e):
+                raise
+            raise ResourceError(f"{path}: cannot write {path.name}: {e}; free space there") from e
+
+
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())

@@ -172,6 +172,8 @@ def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:
         if debug:
             traceback.print_exc()
         return _say(_explain(e, verb), ConfigError.exit_code)
+    except KeyboardInterrupt:
+        return _say(f"{verb}: interrupted; the same command starts again from what is complete", 75)
     except MemoryError as e:
         if debug:
             traceback.print_exc()
@@ -179,7 +181,12 @@ def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:
     except OSError as e:
         if debug:
             traceback.print_exc()
-        return _say(f"{str(e.filename or verb)}: {e.strerror or e}", ResourceError.exit_code)
+        return _say(f"{e.filename or verb}: {e.strerror or e}", ResourceError.exit_code)
+    except Exception as e:  # ours to mend: still one line, and never exit 0
+        if debug:
+            traceback.print_exc()
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        return _say(f"{verb}: {type(e).__name__}: {e} ({frame.filename}:{frame.lineno}); debug=true tells more", 1)
 
 
 def _say(message: object, code: int) -> int:
@@ -190,9 +197,9 @@ def _say(message: object, code: int) -> int:
 def _refuse_unknown(cfg: DictConfig, verb: str) -> None:
     """`+key=value` adds whatever is asked; below the top, each group's owner refuses what it does not know."""
     known = {*compose(verb), "base"}
-    for key in cfg:
+    for key in map(str, cfg):
         if key not in known:
-            raise ConfigError(f"{key}: no such key{_nearest(str(key), known)}")
+            raise ConfigError(f"{key}: no such key{_nearest(key, known)}")
 
 
 def _explain(e: Exception, verb: str) -> str:

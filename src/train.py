@@ -49,7 +49,7 @@ def run(cfg: DictConfig) -> Path:
     if base.weights_sha256() != before:
         raise NumericsError("base: its weights changed during training; nothing was exported")
     if strategy.is_first_process():
-        facts = {"rows": len(rows), "rows_path": str(path), "sha256": ties}
+        facts = {"rows": len(rows), "sha256": ties}
         _finish(run_dir, heads, prepare.provenance(cfg, **facts))
     return run_dir
 

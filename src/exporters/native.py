@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from draftsmith import artifacts, config
 from draftsmith.contracts import BaseSpec, Head
@@ -51,7 +51,7 @@ def save(folder: Path, head: Head, *, name: str, training: dict[str, Any] | None
     }
     tensors = {k: v.detach().clone().contiguous() for k, v in head.state_dict().items()}
     with artifacts.publish(folder, kind="head") as temporary:
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        artifacts.write_tensors(temporary / WEIGHTS, tensors)
         artifacts.write_json(temporary / "config.json", described)
         (temporary / "README.md").write_text(_card(described, sum(t.numel() for t in tensors.values())))
     return folder

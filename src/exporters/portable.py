@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from draftsmith import artifacts
 from draftsmith.contracts import BaseView, Head
@@ -51,7 +51,7 @@ class Portable:
             )
         tensors = self.tensors(head, base)
         with artifacts.publish(folder, kind="portable medusa") as temporary:
-            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+            artifacts.write_tensors(temporary / WEIGHTS, tensors)
             artifacts.write_json(temporary / "config.json", self.describe(head, tensors))
             back = load_file(temporary / WEIGHTS)
             if back.keys() != tensors.keys() or any(not torch.equal(back[k], tensors[k]) for k in back):

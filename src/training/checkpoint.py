@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from draftsmith import artifacts
 from draftsmith.contracts import Head
@@ -52,7 +52,7 @@ def save(
     with artifacts.publish(target, manifest=SEAL, kind="checkpoint", step=step) as temporary:
         for name, head in heads.items():
             tensors, updates[name] = _tensors(head, optimizer)
-            save_file(tensors, temporary / f"{name}.safetensors", metadata={"format": "pt"})
+            artifacts.write_tensors(temporary / f"{name}.safetensors", tensors)
         artifacts.write_json(temporary / "state.json", {"step": step, "updates": updates, "ties": dict(ties)})
     artifacts.write_json(folder / "last", {"checkpoint": target.name})
     done = [name for name in _complete(folder) if name <= target.name]  # a later one is damaged, or it had resumed

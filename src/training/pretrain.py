@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning import pytorch as pl
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -165,12 +166,13 @@ def pretrain(
     """Trains `model` in place on the CPU and leaves it in eval mode, on the torch threads there were before.
 
     model: called as model(input_ids=[B, T], use_cache=False).logits; its initial weights are the caller's.
-    tokens_NT: int64 [N, config.length]. mask_NT: bool, the same shape, True = learn to predict this token; None
-    = all of them, but for the first of a block. bos: the token that opens a document; with it positions restart
-    there, from which transformers' models conclude that documents do not see each other; None = they do.
-    Returns loss (nats per token, mean of the last tenth of the steps),
-    first_loss, steps, tokens and cpu_seconds (of this process). ConfigError if the blocks have another
-    length, NumericsError as soon as the loss is not finite.
+    tokens_NT: int64 [N, config.length]. mask_NT: bool, the same shape, True = learn to predict this token;
+    None = all of them, but for the first of a block. bos: the token that opens a document; with it the model
+    is also given position_ids that restart there, from which transformers' models conclude that documents do
+    not see each other; None = they do.
+    Returns loss (nats per learned token, mean of the last tenth of the steps), first_loss, steps, tokens and
+    cpu_seconds (of this process). ConfigError if the blocks have another length, NumericsError as soon as
+    the loss is not finite.
     """
     if tokens_NT.ndim != 2 or tokens_NT.shape[1] != config.length or not len(tokens_NT):
         raise ConfigError(f"training.length: {config.length} does not fit blocks of shape {list(tokens_NT.shape)}")
@@ -222,4 +224,5 @@ def _trainer(config: PretrainConfig) -> pl.Trainer:
         enable_progress_bar=False,
         use_distributed_sampler=False,
         callbacks=[Progress(config.print_every)],
+        plugins=[LightningEnvironment()],  # one process, whatever torchrun or Slurm says about the others
     )

@@ -96,7 +96,7 @@ LENGTH = 26
 ROWS = [  # (tokens, of which the last so many are to be learned); two packs, three documents in one of them
     (12, 9),
     (9, 5),
-    (4, 2),
+    (4, 4),  # so that the document before it has something to cross over to
     (20, 17),
 ]
 
@@ -258,7 +258,7 @@ def test_the_loss_falls_on_one_batch(variant: Variant, make: Any) -> None:
     base, head = make(variant, 0.0)
     losses = train(base, head, a_batch(head.horizon), 60)
     assert all(torch.isfinite(torch.tensor(losses)))
-    assert losses[-1] < 0.7 * losses[0]
+    assert 0 <= losses[-1] < 0.7 * losses[0]
 
 
 @every_head

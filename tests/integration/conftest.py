@@ -79,6 +79,6 @@ def draftsmith(verb: str, *overrides: str, cwd: Path, **environment: str) -> tup
     return finish(start([sys.executable, "-m", f"draftsmith.{verb}", *overrides], cwd, **environment))
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=240)
+def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=seconds)
     return process.returncode, output

@@ -145,6 +145,29 @@ def test_litter_of_killed_writers_is_reclaimed(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == [".other.tmp-abc", "made"]
 
 
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsync of every file, then rename, then fsync of the folder above: no crash leaves a name without content."""
+    done: list[Any] = []
+    fsync, rename = os.fsync, os.rename
+
+    def record_fsync(fd: int) -> None:
+        done.append(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    def record_rename(a: Any, b: Any) -> None:
+        done.append("rename")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    publish(tmp_path / "made")
+    at = done.index("rename")
+    files = {p.stat().st_ino for p in (tmp_path / "made").rglob("*") if p.is_file()}
+    assert len(files) == 3
+    assert files <= set(done[:at])
+    assert tmp_path.stat().st_ino in done[at:]
+
+
 def test_the_manifest_may_have_another_name(tmp_path: Path) -> None:
     with artifacts.publish(tmp_path / "made", manifest="COMPLETE.json") as temporary:
         (temporary / "a").write_text("x")

@@ -182,7 +182,7 @@ def test_too_few_documents_for_a_block(tokenizer):
 
 def test_learned_mask_is_answers_with_their_question_and_plain_text(tokenizer):
     documents = list(itertools.chain(dialogues(15, seed=2), ["some text\n" * 20, "more"], dialogues(5, seed=3)))
-    blocks_NT = token_blocks(tokenizer, documents, 48)
+    blocks_NT = token_blocks(tokenizer, documents, 128)
     mask_NT = learned_mask(tokenizer, blocks_NT)
     names = {tokenizer.convert_tokens_to_ids(t): t for t in synthetic.SPECIAL_TOKENS}
     state, question_row = "", -1
@@ -193,4 +193,4 @@ def test_learned_mask_is_answers_with_their_question_and_plain_text(tokenizer):
             assert learned == ((state == "<s>" or said) and name in (None, "<|end|>"))
             state = name or state
             question_row = row if name == "<|user|>" else question_row
-    assert 0.1 < mask_NT.float().mean() < 0.9
+    assert 0.2 < mask_NT.float().mean() < 0.9

@@ -1,0 +1,90 @@
+"""The whole loop, as `make quickstart` runs it, in full: the tiny base is made, trained on, proven, exported."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from draftsmith import generate, load_base, load_head
+from draftsmith.prepare import cache_dir
+
+from .conftest import draftsmith, finish, start
+
+HEADS = 3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Its run directory and what it printed. The made base stays in the user's cache: made once, reused."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    command = [sys.executable, "-m", "draftsmith.quickstart"]
+    code, output = finish(start(command, folder, DRAFTSMITH_CACHE=str(cache_dir())), seconds=900)
+    assert code == 0, output
+    (found,) = (folder / "runs").iterdir()
+    return found, output
+
+
+def test_it_ends_with_the_table(run: tuple[Path, str]) -> None:
+    lines = run[1].splitlines()
+    head, columns = next((i, line) for i, line in enumerate(lines) if "tokens/step" in line and "mismatches" in line)
+    assert columns.split() == ["parameters", "tokens/step", "tokens/s", "speedup", "mismatches"]
+    assert [line.split()[0] for line in lines[head + 1 : head + 6]] == [
+        "medusa", "prompt_lookup", "oracle", "no", "hf"
+    ]  # fmt: skip
+    for verb in ("train", "evaluate", "export"):
+        assert f"$ draftsmith {verb}" in run[1]
+
+
+def test_evaluation_json(run: tuple[Path, str]) -> None:
+    result = json.loads((run[0] / "evaluation.json").read_text())
+    head = result["heads"]["medusa"]
+    proof = head["lossless"]
+    assert proof["mismatches"] == 0
+    assert proof["ok"]
+    assert proof["prompts"] >= 32
+    assert proof["tokens"] >= 32 * 64
+    assert set(proof["against"]) == {"autoregressive", "hf_generate"}
+    assert head["tokens_per_step"] >= 2.7
+    assert head["accepted_drafts_per_step"] == pytest.approx(head["tokens_per_step"] - 1)
+    product, tau = 1.0, 1.0
+    for a in head["acceptance_by_depth"]:
+        product *= a
+        tau += product
+    assert head["tokens_per_step"] == pytest.approx(tau)
+    assert len(head["acceptance_by_depth"]) == HEADS
+    plain = result["autoregressive"]["tokens_per_second"]
+    assert head["speedup"] == pytest.approx(head["tokens_per_second"] / plain)
+    assert result["baselines"]["prompt_lookup"]["tokens_per_step"] < head["tokens_per_step"]
+    assert head["tokens_per_step"] <= result["baselines"]["oracle"]["tokens_per_step"] <= HEADS + 1
+    assert result["autoregressive"]["distinct_4"] > 0.5  # not the looping text on which any look-up wins
+    assert f"{head['tokens_per_step']:.2f}" in run[1]  # printed as written
+    assert f"{head['speedup']:.2f}x" in run[1]
+
+
+def test_the_head_loads_and_changes_nothing(run: tuple[Path, str]) -> None:
+    result = json.loads((run[0] / "evaluation.json").read_text())
+    base = load_base(result["base"]["path"])
+    head = load_head(run[0] / "heads" / "medusa", base=base)
+    ids = base.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Count from 3 to 9 for Anna."}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    fast, plain = (generate(base, ids, head=h, max_new_tokens=64) for h in (head, None))
+    assert fast.tokens == plain.tokens
+    assert fast.tokens_per_step > 2 > plain.tokens_per_step == 1
+    assert fast.steps < plain.steps
+
+
+def test_train_alone_is_self_sufficient_and_finds_base_and_rows(run: tuple[Path, str], tmp_path: Path) -> None:
+    """The base and its rows are there by now, so nothing is made again; fewer steps are another run."""
+    own = {"DRAFTSMITH_CACHE": str(cache_dir())}
+    code, output = draftsmith("train", "experiment=quickstart", "trainer.max_steps=2", cwd=tmp_path, **own)
+    assert code == 0, output
+    assert "making the base" not in output
+    assert "the base answers" not in output
+    (other,) = os.listdir(tmp_path / "runs")
+    assert other.startswith("quickstart-")
+    assert other != run[0].name
