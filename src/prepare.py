@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -71,7 +72,9 @@ def load_base(base: BaseConfig, device: str = "cpu") -> BaseLM:
 def base_folder(base: BaseConfig) -> Path:
     """Where the base of a recipe lies, under the fingerprint of the recipe and of the code that follows it."""
     makers = ("draftsmith.data.synthetic", "draftsmith.training.pretrain", "draftsmith.base.create")
-    recipe = {"recipe": base.recipe, "code": [source_sha256(name) for name in makers]}
+    recipe: dict[str, Any] = {"recipe": base.recipe, "code": [source_sha256(name) for name in makers]}
+    if (base.recipe or {}).get("corpus", {}).get("source_bytes"):
+        recipe["python"] = platform.python_version()  # whose library the natural text is
     folder = cache_dir() / "bases" / artifacts.fingerprint(recipe)[:16]
     return once(folder, lambda target: _make_base(dict(base.recipe or {}), target))
 
@@ -96,7 +99,9 @@ def _make_base(recipe: dict[str, Any], target: Path) -> None:
     tokenizer = synthetic.train_tokenizer(documents, recipe["vocab_size"])
     blocks_NT = synthetic.token_blocks(tokenizer, documents, settings.length)
     model = create.llama(recipe["model"], tokenizer, seed)
-    result = pretrain(model, blocks_NT, config=settings, seed=seed)
+    learned_NT = synthetic.learned_mask(tokenizer, blocks_NT)
+    bos = tokenizer.bos_token_id
+    result = pretrain(model, blocks_NT, config=settings, seed=seed, mask_NT=learned_NT, bos=bos)
     with artifacts.publish(target, kind="base", recipe=recipe, training=result) as temporary:
         create.save(model, tokenizer, temporary)
 

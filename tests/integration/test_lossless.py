@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from draftsmith.base.lm import BaseLM
+from draftsmith.contracts import Needs, Proposal
 from draftsmith.data.pack import collate, counts
 from draftsmith.data.rows import Row
 from draftsmith.decoding import verify
@@ -116,6 +117,31 @@ def test_the_first_end_of_text_ends_all_of_them_alike(base: BaseLM, heads: Any, 
             shape = DecodingConfig(paths=TREE).shape(3) if head else None
             out = generate(base, prompt, drafter=head, shape=shape, max_new_tokens=COUNT, eos_ids=eos)
             assert (out.tokens, out.finish) == (cut, "eos")
+
+
+class RightInTheLastBranch:
+    """Three first drafts, two of them wrong, and the true text below the last: its nodes stand in slots far from
+    their positions."""
+
+    needs, max_depth = Needs(), 3
+
+    def __init__(self, text: list[int]) -> None:
+        self.text = text
+
+    def propose(self, base: Any, state: Any) -> Proposal:
+        n = len(state.tokens)
+        first, *below = [*self.text[n : n + 3], 0, 0, 0][:3]
+        wrong = [(first + 1) % 60, (first + 2) % 60]
+        return Proposal(torch.tensor([state.root, *wrong, first, *below]), torch.tensor([-1, 0, 0, 0, 3, 4]))
+
+
+@pytest.mark.parametrize("window", [2, 3, 11])
+def test_a_sliding_window_goes_by_positions_and_not_by_slots(window: int, tiny_base: Any, expected: Any) -> None:
+    base = tiny_base("mistral", sliding_window=window)
+    for prompt, answer in zip(PROMPTS, expected(base), strict=True):
+        out = generate(base, prompt, drafter=RightInTheLastBranch(prompt + answer), max_new_tokens=COUNT - 3)
+        assert out.tokens == answer[:-3]
+        assert out.tokens_per_step == 4
 
 
 # Bad verifiers

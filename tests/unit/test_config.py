@@ -283,9 +283,13 @@ def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_bug_of_ours_is_not_swallowed() -> None:
-    with pytest.raises(ZeroDivisionError):
-        config._guarded(lambda: 1 / 0, "train", debug=False)
+def test_a_bug_of_ours_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """With its kind and place, and no code that means something else."""
+    assert config._guarded(lambda: 1 / 0, "train", debug=False) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "train: ZeroDivisionError" in said
+    assert "test_config.py" in said
 
 
 @pytest.mark.parametrize(("base", "kind"), [(errors.ConfigError, ValueError), (errors.ResourceError, OSError)])

@@ -73,6 +73,7 @@ class Plan:
     """What to train; defaults are cheap and cross an epoch's edge."""
 
     heads: Mapping[str, MedusaConfig] = field(default_factory=lambda: {"medusa": MedusaConfig(num_heads=2)})
+    kind: type[Head] = Medusa
     packs: int = 6
     steps: int = 5
     batch_size: int = 2
@@ -94,7 +95,7 @@ def train(base: BaseLM) -> Callable[..., Run]:
     def go(run_dir: Path, made: dict[str, Head] | None = None, **settings: Any) -> Run:
         plan = Plan(**settings)
         heads = made if made is not None else {}
-        heads.update({n: fit.new_head(Medusa, c, n, base, 3) for n, c in plan.heads.items()})
+        heads.update({n: fit.new_head(plan.kind, c, n, base, 3) for n, c in plan.heads.items()})
         layout = {
             "length": LENGTH,
             "batch_size": plan.batch_size,

@@ -67,3 +67,11 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path, monkeypatch: pytest.Monk
         callback.on_train_end(None, None)  # type: ignore[arg-type]
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
     assert os.listdir(tmp_path) == []
+
+
+def test_handlers_go_back_after_an_exception(tmp_path: Path) -> None:
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    callback = Checkpoints(tmp_path, 10, 2, {})
+    callback.on_train_start(None, None)  # type: ignore[arg-type]
+    callback.on_exception(None, None, ZeroDivisionError())  # type: ignore[arg-type]
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before

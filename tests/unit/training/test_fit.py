@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from draftsmith.artifacts import tensors_sha256
+from draftsmith.contracts import Capture
 from draftsmith.errors import DataError, Interrupted, NumericsError
+from draftsmith.heads.medusa import Medusa, MedusaConfig
 from draftsmith.training.callbacks import SIGNALS
+from draftsmith.training.settings import OptimizerConfig
 
 Train = Callable[..., Any]
 # packs, batch_size, accumulate: an epoch of 2 steps; of 1.5 steps; one micro-batch of 3 ends it mid-step
@@ -44,6 +47,30 @@ def test_resume_from_every_checkpoint_is_bit_equal(
         assert again.weights == whole.weights, step
         assert again.lines == whole.lines, step
     assert f"resuming after step 3 of {STEPS}" in capsys.readouterr().out
+
+
+class Noisy(Medusa):
+    """With randomness in its loss."""
+
+    def loss(self, base: Any, seen: Capture, batch: Any, *, measure: bool = True) -> Any:
+        final = seen.final + 0.1 * torch.randn_like(seen.final)
+        return super().loss(base, Capture(final=final), batch, measure=measure)
+
+
+def test_randomness_is_the_step_s_and_the_head_s(train: Train, tmp_path: Path) -> None:
+    """Noise follows step, micro-batch and head name: a resumed run draws what the whole one drew, and a head
+    draws the same beside another; metrics stay on the same steps too."""
+    one, two = {"a": MedusaConfig(num_heads=1)}, {"b": MedusaConfig(num_heads=1), "a": MedusaConfig(num_heads=1)}
+    plan = {"kind": Noisy, "accumulate": 2, "log_every": 2, "checkpoint_every": 3}
+    whole = train(tmp_path / "whole", heads=one, **plan)
+    assert whole.weights != train(tmp_path / "calm", heads=one, **{**plan, "kind": Medusa}).weights
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step-00000005")
+    again = train(tmp_path / "whole", heads=one, **plan)
+    assert (again.weights, again.lines) == (whole.weights, whole.lines)
+    assert [line["step"] for line in again.lines] == [2, 4, 5]
+    both = train(tmp_path / "both", heads=two, **plan)
+    a, b = (tensors_sha256(both.heads[n].state_dict()) for n in "ab")
+    assert a == tensors_sha256(whole.heads["a"].state_dict()) != b
 
 
 class At(L.Callback):
@@ -82,9 +109,6 @@ def test_a_signal_in_the_last_step_completes(train: Train, tmp_path: Path) -> No
 @pytest.mark.parametrize("clip", [1.0, None])
 def test_a_gradient_that_is_not_finite(train: Train, tmp_path: Path, value: float, clip: float | None) -> None:
     """Weights of every head stay those of the step before, the checkpoint stays good, handlers go back."""
-    from draftsmith.heads.medusa import MedusaConfig
-    from draftsmith.training.settings import OptimizerConfig
-
     plan = {
         "heads": {"a": MedusaConfig(num_heads=1), "medusa": MedusaConfig(num_heads=2)},
         "optimizer": OptimizerConfig(lr=0.01, clip=clip),

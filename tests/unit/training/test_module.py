@@ -139,6 +139,15 @@ def test_learning_rate_is_the_step_s_own(train: Train, tmp_path: Path) -> None:
     assert [line["lr"] for line in run.lines] == pytest.approx(want)
 
 
+def test_each_head_has_its_own_settings(train: Train, tmp_path: Path) -> None:
+    groups: list[Any] = []
+    optimizer = OptimizerConfig(lr=0.01, weight_decay=0.3, heads={"b": {"lr": 0.1, "weight_decay": 0.5}})
+    watch = Watch(lambda trainer, module: groups.extend(trainer.optimizers[0].param_groups))
+    train(tmp_path, heads=TWO, optimizer=optimizer, steps=1, more=[watch])
+    found = [(g["name"], g["initial_lr"], g["weight_decay"], g["betas"], g["eps"]) for g in groups]
+    assert found == [("a", 0.01, 0.3, (0.9, 0.95), 1e-8), ("b", 0.1, 0.5, (0.9, 0.95), 1e-8)]
+
+
 def test_clipping_is_by_each_head_s_own_norm(train: Train, tmp_path: Path) -> None:
     norms: list[float] = []
 
