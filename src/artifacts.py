@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -209,5 +210,5 @@ def _reclaim(target: Path) -> None:
     aside = target.with_name(f".{target.name}.old")
     if aside.exists() and not target.exists():
         os.rename(aside, target)
-    for litter in target.parent.glob(f".{target.name}.tmp-*"):
+    for litter in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
         shutil.rmtree(litter, ignore_errors=True)

@@ -76,10 +76,10 @@ def read_rows(path: Path, config: DataConfig, spec: BaseSpec, tokenizer: Any) ->
         path = path / ROWS
     rows = []
     for where, value in json_lines(path):
-        row = _fitted(_row(value, config, spec, tokenizer, where), config, where)
+        row = _fitted(_row(value, config, spec, tokenizer, where), config, spec, where)
         if row is not None:
             rows.append(row)
-    if not any(sum(row.mask) for row in rows):
+    if not any(any(row.mask[2:]) for row in rows):  # no head predicts a row's first two tokens
         raise DataError(
             f"{path}: no row left with a token to learn from ({len(rows)} rows left);"
             " see data.long_rows and data.loss_on"
@@ -116,17 +116,17 @@ def _token_row(value: dict[str, Any], where: str) -> Row:
     return Row(str(value.get("id", "")), ids, [int(m) for m in mask], str(value.get("source", where)))
 
 
-def _fitted(row: Row, config: DataConfig, where: str) -> Row | None:
-    if len(row.ids) <= config.length:
+def _fitted(row: Row, config: DataConfig, spec: BaseSpec, where: str) -> Row | None:
+    """The row if it fits a packed sequence and the base's own context, else what long_rows says."""
+    room = min(config.length, spec.max_positions)
+    if len(row.ids) <= room:
         return row
     if config.long_rows == "error":
-        raise DataError(
-            f"{where}: {len(row.ids)} tokens do not fit data.length={config.length};"
-            " raise it or set data.long_rows=truncate or drop"
-        )
+        limit = f"data.length={room}; raise it or" if room == config.length else f"the base's context of {room};"
+        raise DataError(f"{where}: {len(row.ids)} tokens do not fit {limit} set data.long_rows=truncate or drop")
     if config.long_rows == "drop":
         return None
-    return Row(row.id, row.ids[: config.length], row.mask[: config.length], row.source)
+    return Row(row.id, row.ids[:room], row.mask[:room], row.source)
 
 
 def _check_origin(facts: dict[str, Any], spec: BaseSpec, path: Path) -> None:

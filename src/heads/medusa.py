@@ -99,9 +99,11 @@ class Medusa(Head):
 
     def hidden(self, k: int, final_ND: Tensor) -> Tensor:
         """h_k [N, D] of head k (1-based); the loss projects it in chunks, forward() whole."""
-        if not torch.is_autocast_enabled(final_ND.device.type):  # fp32 heads on a bf16 base; autocast casts itself
-            final_ND = final_ND.to(next(self.parameters()).dtype)
-        return self.blocks[k - 1](final_ND)
+        blocks = cast(nn.Sequential, self.blocks[k - 1])
+        dtype = cast(ResBlock, blocks[0]).linear.weight.dtype
+        if final_ND.dtype != dtype and not torch.is_autocast_enabled(final_ND.device.type):
+            final_ND = final_ND.to(dtype)  # fp32 heads on a bf16 base
+        return blocks(final_ND)
 
     def forward(self, base: BaseView, final_ND: Tensor) -> Tensor:
         """logits_NKV of every head at every given position."""

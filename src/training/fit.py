@@ -38,47 +38,14 @@ def fit(
     """
     trainer = settings.trainer
     folder = run_dir / "checkpoints"
-    resume, skipped = checkpoint.load_last(folder)
-    changed = [name for name, value in ties.items() if resume and resume.ties.get(name) != value]
-    if changed:
-        raise DataError(
-            f"{folder}: its checkpoint was trained on other {' and '.join(changed)} than there are now;"
-            " bring them back or choose another run_dir"
-        )
-    clock = callbacks.Clock()
+    resume, skipped = _resume(folder, ties)
+    module = TrainModule(base, heads, settings=settings, steps=steps, seed=seed, resume=resume)
     checkpoints = callbacks.Checkpoints(folder, trainer.checkpoint_every, trainer.keep, ties)
-    module = TrainModule(
-        base,
-        heads,
-        settings=settings,
-        steps=steps,
-        seed=seed,
-        resume=resume,
-    )
-    _quiet_lightning()
-    engine = L.Trainer(
-        **strategy.arguments(settings.strategy, trainer),
-        max_steps=steps - module.start,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        gradient_clip_val=None,
-        callbacks=[
-            clock,
-            callbacks.Metrics(run_dir / "metrics.jsonl", clock),
-            callbacks.Progress(clock),
-            checkpoints,
-            *more,
-        ],
-    )
-    for line in skipped if engine.is_global_zero else []:
-        print(f"warning: {line}", flush=True)
-    if module.start:
-        _say(engine, f"resuming after step {module.start} of {steps}")
+    engine = _engine(settings, run_dir, steps - module.start, [checkpoints, *more])
+    if engine.is_global_zero:
+        print("".join(f"warning: {line}\n" for line in skipped), end="", flush=True)
+        if module.start:
+            print(f"resuming after step {module.start} of {steps}", flush=True)
     with artifacts.disk(run_dir, "the run"):
         folder.mkdir(parents=True, exist_ok=True)
     if module.start < steps:
@@ -91,6 +58,38 @@ def fit(
             " the same command resumes"
         )
     return engine
+
+
+def _resume(folder: Path, ties: Mapping[str, str]) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, if it belongs to this base and these rows, and what was passed over."""
+    resume, skipped = checkpoint.load_last(folder)
+    changed = [name for name, value in ties.items() if resume and resume.ties.get(name) != value]
+    if changed:
+        raise DataError(
+            f"{folder}: its checkpoint was trained on other {' and '.join(changed)} than there are now;"
+            " bring them back or choose another run_dir"
+        )
+    return resume, skipped
+
+
+def _engine(settings: Settings, run_dir: Path, steps: int, more: Sequence[L.Callback]) -> L.Trainer:
+    """Lightning's loop with everything of its own that we do ourselves switched off."""
+    _quiet_lightning()
+    clock = callbacks.Clock()
+    metrics = callbacks.Metrics(run_dir / "metrics.jsonl", clock)
+    return L.Trainer(
+        **strategy.arguments(settings.strategy, settings.trainer),
+        max_steps=steps,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        gradient_clip_val=None,
+        callbacks=[clock, metrics, callbacks.Progress(clock), *more],
+    )
 
 
 def new_head(kind: type[Head], config: Any, name: str, base: BaseView, seed: int) -> Head:
@@ -111,11 +110,6 @@ def rehearse(base: BaseView, heads: Mapping[str, Head], batch: Batch) -> None:
             raise NumericsError(f"{name}: the first batch's loss is {out.sum.item()}; check base and rows")
         out.sum.backward()
         head.zero_grad(set_to_none=True)
-
-
-def _say(engine: L.Trainer, text: str) -> None:
-    if engine.is_global_zero:
-        print(text, flush=True)
 
 
 def _quiet_lightning() -> None:
