@@ -39,6 +39,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     chats = config.typed(cfg.data, ChatsConfig, "data")
     shape = config.typed(cfg.base, ShapeConfig, "base")
     settings = Settings.of(cfg)
+    if settings.trainer.accumulate != 1:
+        raise ConfigError("trainer.accumulate: a benched step is one micro-batch; leave it at 1")
+    if (settings.trainer.max_steps or 0) < settings.trainer.log_every:
+        raise ConfigError("trainer.max_steps: give at least trainer.log_every steps, so that metrics are timed too")
+    prepare.check_seed(cfg.seed)
     chosen = train.heads_of(cfg)
     run_dir = config.run_dir(cfg, "bench")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import traceback
@@ -26,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from draftsmith.artifacts import disk, fingerprint
-from draftsmith.errors import ConfigError, DraftsmithError, ResourceError
+from draftsmith.errors import ConfigError, DraftsmithError, Interrupted, ResourceError
 
 T = TypeVar("T")
 
@@ -34,13 +35,16 @@ CONF = "pkg://draftsmith.conf"
 ALLOWED_PACKAGES = ("draftsmith.",)
 ALLOWED_TARGETS = frozenset({"torch.optim.AdamW"})
 
-# Where and how fast a run runs; never what it computes. Not part of a run's identity.
+# Where and how fast a run runs; never what it computes. Not part of a run's identity. How a global step is
+# split over processes and micro-batches is one of these; their product, the global batch, is not.
 MACHINE_KEYS = frozenset(
     {
         "run_dir",
         "debug",
         "trainer.devices",
         "trainer.num_nodes",
+        "trainer.accumulate",
+        "data.batch_size",
         "trainer.threads",
         "trainer.log_every",
         "trainer.checkpoint_every",
@@ -48,6 +52,8 @@ MACHINE_KEYS = frozenset(
         "data.num_workers",
     }
 )
+
+SPLIT_KEYS = ("data.batch_size", "trainer.accumulate", "trainer.devices", "trainer.num_nodes")
 
 
 def typed(node: Any, schema: type[T], key: str) -> T:
@@ -121,7 +127,11 @@ def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration without the keys that say where and how fast: what a run *is*."""
     plain = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False))
-    return {k: v for k, v in flat(plain) if not any(k == m or k.startswith(m + ".") for m in MACHINE_KEYS)}
+    leaves = dict(flat(plain))
+    kept = {k: v for k, v in leaves.items() if not any(k == m or k.startswith(m + ".") for m in MACHINE_KEYS)}
+    if all(isinstance(leaves.get(k), int) for k in SPLIT_KEYS):
+        kept["global_batch"] = math.prod(leaves[k] for k in SPLIT_KEYS)
+    return kept
 
 
 def run_dir(cfg: DictConfig, verb: str) -> Path:
@@ -145,7 +155,7 @@ def command(verb: str, run: Callable[[DictConfig], Any]) -> NoReturn:
     """A verb's main(): compose, run, map errors to one line and an exit code (the worst job's under -m)."""
     import hydra
 
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     codes: list[int] = []
 
     def task(cfg: DictConfig) -> None:
@@ -167,6 +177,8 @@ def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:
     except DraftsmithError as e:
         if debug:
             traceback.print_exc()
+        if isinstance(e, Interrupted) and os.environ.get("LOCAL_RANK", "0") != "0":
+            return e.exit_code  # the first process says it for all
         return _say(e, e.exit_code)
     except (HydraException, OmegaConfBaseException) as e:
         if debug:

@@ -13,7 +13,7 @@ from draftsmith import artifacts, config, prepare
 from draftsmith.data.generate import GenerationConfig, distill
 from draftsmith.data.prompts import Prompt, PromptsConfig
 from draftsmith.data.rows import DataConfig, Row, write_rows
-from draftsmith.errors import ConfigError
+from draftsmith.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM
@@ -25,16 +25,37 @@ def run(cfg: DictConfig) -> Path:
     data = config.typed(cfg.data, DataConfig, "data")
     if data.prompts is None:
         raise ConfigError("data.prompts: nothing to answer; use data=prompts data.prompts.path=<JSON lines>")
+    machine = config.typed({"threads": cfg.threads, "device": cfg.device}, prepare.MachineConfig, "distill")
+    if data.prompts.path and not Path(data.prompts.path).is_file():
+        raise DataError(f"{data.prompts.path}: no such file; data.prompts.path names JSON lines of prompts")
     out = Path(cfg.out)
     if artifacts.is_complete(out):
+        _same(out, base_config, data)
         prepare.say(f"{out}: already complete")
         return out
-    if cfg.threads:
-        import torch
-
-        torch.set_num_threads(cfg.threads)
-    answer(prepare.load_base(base_config, cfg.device), data.prompts, data.generation, out)
+    machine.apply()
+    answer(prepare.load_base(base_config, machine.device), data.prompts, data.generation, out)
     return out
+
+
+def _same(out: Path, base: prepare.BaseConfig, data: DataConfig) -> None:
+    """Refuses a folder of rows that other prompts, settings or another base made."""
+    facts = artifacts.read_json(out / artifacts.MANIFEST)
+    assert data.prompts is not None
+    asked = _facts(data.prompts, data.generation)
+    changed = [k for k, v in asked.items() if facts.get(k) != v]
+    if base.path and Path(base.path).exists() and facts["base"]["path"] != str(Path(base.path).resolve()):
+        changed.append("base")
+    if changed:
+        raise ConfigError(f"out: {out} holds rows of another {' and '.join(changed)}; choose another folder")
+
+
+def _facts(prompts: PromptsConfig, generation: GenerationConfig) -> dict[str, Any]:
+    """What rows were asked for, as their manifest tells it. (Batch size and path may change.)"""
+    return {
+        "prompts": {**dataclasses.asdict(prompts), "path": prepare.content_sha256(prompts.path)},
+        "generation": {k: v for k, v in dataclasses.asdict(generation).items() if k != "batch_size"},
+    }
 
 
 def answer(base: BaseLM, prompts: PromptsConfig, generation: GenerationConfig, out: Path) -> None:
@@ -48,10 +69,9 @@ def answer(base: BaseLM, prompts: PromptsConfig, generation: GenerationConfig, o
     rows = [Row(p.id, ids, mask, p.where) for p, ids, mask in answers]
     facts = {
         "base": dataclasses.asdict(base.spec),
-        "prompts": dataclasses.asdict(prompts),
-        "generation": dataclasses.asdict(generation),
+        **_facts(prompts, generation),
     }
-    count = write_rows(out, rows, **facts)
+    count = write_rows(out, rows, asked, **facts)
     written = sum(sum(row.mask) for row in rows)
     prepare.say(f"{count} rows, {written:,} tokens of the base's own, {time.perf_counter() - began:.0f} s -> {out}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,38 +11,44 @@ from omegaconf import DictConfig, OmegaConf
 
 from draftsmith import artifacts, config, distill, prepare
 from draftsmith.contracts import Drafter, Needs
-from draftsmith.data.prompts import PromptsConfig, user_turns
-from draftsmith.decoding.referee import BaselinesConfig, DecodingConfig, Referee
-from draftsmith.errors import ConfigError, DataError
+from draftsmith.data.prompts import Prompt, PromptsConfig, read_prompts, user_turns
+from draftsmith.data.rows import PROMPTS
+from draftsmith.decoding.referee import COMPANY, HF, PLAIN, BaselinesConfig, DecodingConfig, Referee
+from draftsmith.errors import ConfigError, DataError, NumericsError
 from draftsmith.reporting import table
 
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(prepare.MachineConfig):
+    load: list[str] = dataclasses.field(default_factory=list)
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ConfigError(f"repeats={self.repeats}: give at least 1")
+
+
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluates the heads of cfg.run_dir or cfg.load and returns what it writes to evaluation.json."""
+    """Evaluates the heads of cfg.run_dir or cfg.load and returns what it writes to evaluation.json. Raises
+    NumericsError, after writing, if an fp32 base's tokens were not kept."""
     decoding = config.typed(cfg.decoding, DecodingConfig, "decoding")
     prompts = config.typed(cfg.prompts, PromptsConfig, "prompts")
     baselines = config.typed(cfg.baselines, BaselinesConfig, "baselines")
-    if cfg.repeats < 1:
-        raise ConfigError(f"repeats={cfg.repeats}: give at least 1")
-    run_dir = Path(cfg.run_dir)
-    folders, of_run = heads_of(run_dir, cfg.load)
-    node = cfg.get("base") or (of_run or {}).get("base")
-    if node is None:
-        raise ConfigError("base: which one? give base=… beside load=…")
-    base_config = config.typed(node, prepare.BaseConfig, "base")
-
-    import torch
+    own = {k: cfg[k] for k in ("load", "repeats", "threads", "device")}
+    settings = config.typed(own, EvaluateConfig, "evaluate")
+    run_dir = config.run_dir(cfg, "evaluate")
+    folders, of_run = heads_of(run_dir, settings.load)
+    base_config = base_of(cfg, folders, of_run)
 
     from draftsmith.exporters import native
 
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    base = prepare.load_base(base_config, cfg.device)
+    settings.apply()
+    base = prepare.load_base(base_config, settings.device)
     heads = {name: native.load(f, base.spec, device=base.device) for name, f in folders.items()}
-    asked = held_out(base, prompts, of_run)
+    asked, source = held_out(base, prompts, of_run)
     referee = Referee(
         base,
         decoding,
@@ -49,15 +56,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         base.eos_ids,
         lambda p: base.generate([list(p)], max_new_tokens=decoding.max_new_tokens)[0],
         _rescorer(base),
-        cfg.repeats,
+        settings.repeats,
     )
     drafters = {name: cast(Drafter, head) for name, head in heads.items() if head.role == "drafter"}
     found = referee.evaluate(drafters, asked)
     for name, head in heads.items():
         found["heads"][name]["parameters"] = sum(p.numel() for p in head.parameters())
-    told = {"prompts": len(asked), "repeats": cfg.repeats, "threads": cfg.threads, "device": str(base.device)}
+    dtype = str(base.dtype).removeprefix("torch.")
+    told = {"prompts": source, "repeats": settings.repeats, "threads": settings.threads, "device": str(base.device)}
     result = {
-        "base": {**dataclasses.asdict(base.spec), "dtype": str(base.dtype).removeprefix("torch.")},
+        "base": {**dataclasses.asdict(base.spec), "dtype": dtype},
         "decoding": {**dataclasses.asdict(decoding), **told},
         **found,
     }
@@ -66,13 +74,24 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     artifacts.write_json(run_dir / "evaluation.json", result)
     prepare.say(table.evaluation(result))
     prepare.say(f"-> {run_dir / 'evaluation.json'}")
+    proofs = {HF: found[HF]["lossless"], **{name: h["lossless"] for name, h in found["heads"].items()}}
+    wrong = [name for name, proof in proofs.items() if not proof["ok"]]
+    if wrong and dtype in ("float32", "float64"):
+        raise NumericsError(
+            f"{', '.join(wrong)}: the output differs from the base's own; see {run_dir}/evaluation.json"
+        )
+    if wrong:
+        prepare.say(f"note: in {dtype} rounding decides between near-equal logits; base.dtype=float32 is the proof")
     return result
 
 
 def heads_of(run_dir: Path, load: Any) -> tuple[dict[str, Path], dict[str, Any] | None]:
     """name -> native folder, and the run's configuration if it is a run of ours."""
     if load:
-        return {Path(p).name: Path(p) for p in load}, None
+        folders = {Path(p).name: Path(p) for p in load}
+        if len(folders) < len(load) or {PLAIN, HF, *COMPANY} & set(folders):
+            raise ConfigError(f"load: the folders' names name the heads; {list(load)} are not distinct or are taken")
+        return folders, None
     if not artifacts.is_complete(run_dir, manifest="COMPLETE.json"):
         raise DataError(f"{run_dir}: no complete run of draftsmith train; run_dir=… names one, load=[…] heads")
     names = artifacts.read_json(run_dir / "COMPLETE.json")["heads"]
@@ -80,20 +99,50 @@ def heads_of(run_dir: Path, load: Any) -> tuple[dict[str, Path], dict[str, Any] 
     return {name: run_dir / "heads" / name for name in names}, cast("dict[str, Any]", of_run)
 
 
-def held_out(base: BaseLM, prompts: PromptsConfig, of_run: dict[str, Any] | None) -> list[list[int]]:
-    """Token ids of the prompts; made-up ones share no user turn with the run's training prompts."""
+def base_of(cfg: DictConfig, folders: Mapping[str, Path], of_run: dict[str, Any] | None) -> prepare.BaseConfig:
+    """The base of this command line, else the run's, whose remote code is never run without being asked for
+    here. A folder that the run named relative to elsewhere is found through the head's own record."""
+    if cfg.get("base"):
+        return config.typed(cfg.base, prepare.BaseConfig, "base")
+    if of_run is None:
+        raise ConfigError("base: which one? give base=… beside load=…")
+    base = dataclasses.replace(config.typed(of_run["base"], prepare.BaseConfig, "base"), trust_remote_code=False)
+    recorded = artifacts.read_json(next(iter(folders.values())) / "config.json")["base"]["path"]
+    if base.path and not Path(base.path).exists() and Path(recorded).is_dir():
+        return dataclasses.replace(base, path=recorded)
+    return base
+
+
+def held_out(
+    base: BaseLM, prompts: PromptsConfig, of_run: dict[str, Any] | None
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Token ids of the prompts, and what evaluation.json tells of them. Made-up prompts share no user turn with
+    the made-up ones the run was trained on; of others, those trained on are counted (trained_on; null: unknown).
+    """
     from draftsmith.data import chat
 
-    exclude: frozenset[str] = frozenset()
-    if of_run and of_run["data"].get("prompts"):
-        trained = config.typed(of_run["data"]["prompts"], PromptsConfig, "data.prompts")
-        exclude = user_turns(distill.collect(trained))
-    asked = distill.collect(prompts, exclude)
+    trained = trained_on(of_run)
+    asked = distill.collect(prompts, user_turns(trained or []))
     if not asked:
         raise DataError(f"{prompts.path}: no prompt in it")
-    return [
+    seen = None if trained is None else len({p.id for p in asked} & {p.id for p in trained})
+    if seen:
+        prepare.say(f"warning: {seen} of {len(asked)} prompts were trained on; these figures flatter the head")
+    ids = [
         chat.text_ids(base.tokenizer, p.text) if p.text else chat.prompt_ids(base.tokenizer, p.messages) for p in asked
     ]
+    return ids, {**dataclasses.asdict(prompts), "count": len(asked), "trained_on": seen}
+
+
+def trained_on(of_run: dict[str, Any] | None) -> list[Prompt] | None:
+    """The prompts behind a run's rows: asked by the run itself, or by `draftsmith distill` before it."""
+    if of_run is None:
+        return None
+    data = of_run["data"]
+    if data.get("prompts"):
+        return distill.collect(config.typed(data["prompts"], PromptsConfig, "data.prompts"))
+    source = Path(data["path"]) / PROMPTS
+    return list(read_prompts(source)) if source.is_file() else None
 
 
 def _rescorer(base: BaseLM) -> Any:

@@ -7,18 +7,14 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from draftsmith import config, evaluate, prepare
-from draftsmith.errors import ConfigError
 
 
 def run(cfg: DictConfig) -> list[Path]:
     """Exports every head of the run; returns the folders."""
-    run_dir = Path(cfg.get("run_dir") or ".")
+    run_dir = config.run_dir(cfg, "export")
     exporter = config.build(cfg.exporter, "exporter")
     folders, of_run = evaluate.heads_of(run_dir, cfg.load)
-    node = cfg.get("base") or (of_run or {}).get("base")
-    if node is None:
-        raise ConfigError("base: which one? give base=… beside load=…")
-    base_config = config.typed(node, prepare.BaseConfig, "base")
+    base_config = evaluate.base_of(cfg, folders, of_run)
     out = Path(cfg.out) if cfg.out else run_dir / "export" / cfg.exporter._target_.split(".")[-2]
 
     from draftsmith.exporters import native

@@ -60,6 +60,8 @@ def load_base(base: BaseConfig, device: str = "cpu") -> BaseLM:
     from draftsmith.base import lm
 
     path = base.path or str(base_folder(base))
+    if base.trust_remote_code:
+        say(f"trust_remote_code: running the code that {path} at revision {base.revision or 'newest'} brings")
     return lm.load(
         path,
         revision=base.revision,
@@ -106,6 +108,56 @@ def _make_base(recipe: dict[str, Any], target: Path) -> None:
         create.save(model, tokenizer, temporary)
 
 
+def content_sha256(path: str | Path | None) -> str | None:
+    """Hash of a file, or of a published folder's manifest, which holds the hashes of its files; None for
+    nothing there."""
+    found = Path(path) if path else None
+    if found and found.is_dir():
+        found = found / artifacts.MANIFEST
+    return artifacts.file_sha256(found) if found and found.is_file() else None
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Nobody else writes this run directory meanwhile; a lock whose process died is free again."""
+    with artifacts.disk(run_dir, "a lock"), open(run_dir / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(f"run_dir: {run_dir} is being written by {lock.read().strip()}") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        yield
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """Where a verb other than training computes."""
+
+    threads: int | None = None
+    device: str = "cpu"
+
+    def apply(self) -> None:
+        """Sets torch's threads; ConfigError for a device that is not there."""
+        import torch
+
+        if self.threads is not None:
+            if self.threads < 1:
+                raise ConfigError(f"threads={self.threads}: give at least 1, or null for torch's choice")
+            torch.set_num_threads(self.threads)
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as e:
+            raise ConfigError(f"device={self.device}: {str(e).splitlines()[0]}") from None
+
+
+def check_seed(seed: Any) -> None:
+    if type(seed) is not int:
+        raise ConfigError(f"seed={seed!r}: give an integer")
+
+
 def say(text: str) -> None:
     """Progress for people, from one process of a distributed run."""
     if is_first_process():
@@ -129,9 +181,11 @@ def provenance(cfg: Any, **facts: Any) -> dict[str, Any]:
 
 def _git() -> str | None:
     here = Path(__file__).resolve().parents[1]
+    if not (here / ".git").exists():  # installed from a wheel: any repository around it is not ours
+        return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             capture_output=True,
             text=True,
             timeout=10,

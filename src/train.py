@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from draftsmith import artifacts, config, distill, prepare
-from draftsmith.contracts import Head
 from draftsmith.data.rows import DataConfig, Row, read_rows
 from draftsmith.errors import ConfigError, DataError, NumericsError
 from draftsmith.training import strategy
@@ -16,6 +17,7 @@ from draftsmith.training.settings import Settings
 
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM
+    from draftsmith.contracts import Head
 
 
 def run(cfg: DictConfig) -> Path:
@@ -23,15 +25,35 @@ def run(cfg: DictConfig) -> Path:
     base_config = config.typed(cfg.base, prepare.BaseConfig, "base")
     data = config.typed(cfg.data, DataConfig, "data")
     settings = Settings.of(cfg)
+    prepare.check_seed(cfg.seed)
     chosen = heads_of(cfg)
     if data.path and not Path(data.path).exists():
         raise DataError(f"{data.path}: no such file or folder; data.path names rows, chats or text")
     run_dir = config.run_dir(cfg, "train")
+    first = strategy.is_first_process()
+    if first:
+        config.claim(cfg, run_dir)
+    source = prepare.content_sha256(data.path or (data.prompts.path if data.prompts else None))
     if artifacts.is_complete(run_dir, manifest="COMPLETE.json"):
+        if artifacts.read_json(run_dir / "COMPLETE.json")["data_sha256"] != source:
+            raise DataError(f"{run_dir}: complete, but with other data than there is now; choose another run_dir")
         prepare.say(f"{run_dir}: already complete")
         return run_dir
-    if strategy.is_first_process():
-        config.claim(cfg, run_dir)
+    with prepare.held(run_dir) if first else contextlib.nullcontext():
+        _run(cfg, run_dir, base_config, data, settings, chosen, source)
+    return run_dir
+
+
+def _run(
+    cfg: DictConfig,
+    run_dir: Path,
+    base_config: prepare.BaseConfig,
+    data: DataConfig,
+    settings: Settings,
+    chosen: dict[str, tuple[type[Head], Any]],
+    source: str | None,
+) -> None:
+    """Base, rows, heads, training, exports; nothing marks the run complete before the end."""
 
     import torch
 
@@ -39,7 +61,8 @@ def run(cfg: DictConfig) -> Path:
 
     if settings.trainer.threads:  # before the base writes rows: two threads on one busy core are far slower
         torch.set_num_threads(settings.trainer.threads)
-    base = prepare.load_base(base_config, "cuda" if settings.trainer.accelerator == "gpu" else "cpu")
+    own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    base = prepare.load_base(base_config, own_gpu if settings.trainer.accelerator == "gpu" else "cpu")
     before = base.weights_sha256()
     path = Path(data.path) if data.path else distill.rows_folder(data, base)
     rows = read_rows(path, data, base.spec, base.tokenizer)
@@ -50,8 +73,7 @@ def run(cfg: DictConfig) -> Path:
         raise NumericsError("base: its weights changed during training; nothing was exported")
     if strategy.is_first_process():
         facts = {"rows": len(rows), "sha256": ties}
-        _finish(run_dir, heads, prepare.provenance(cfg, **facts))
-    return run_dir
+        _finish(run_dir, heads, prepare.provenance(cfg, **facts), source)
 
 
 def heads_of(cfg: DictConfig) -> dict[str, tuple[type[Head], Any]]:
@@ -59,6 +81,11 @@ def heads_of(cfg: DictConfig) -> dict[str, tuple[type[Head], Any]]:
     if not cfg.get("heads"):
         raise ConfigError("head: nothing to train; choose at least one, e.g. head=[medusa]")
     kinds = {str(name): config.target(node, f"heads.{name}") for name, node in cfg.heads.items()}
+    from draftsmith.contracts import Head
+
+    for name, kind in kinds.items():
+        if not issubclass(kind, Head):
+            raise ConfigError(f"heads.{name}._target_: {kind.__name__} is no head")
     return {n: (kind, config.typed(cfg.heads[n], kind.Config, f"heads.{n}")) for n, kind in kinds.items()}
 
 
@@ -98,7 +125,7 @@ def _fit(
     fit.fit(base, heads, serve, run_dir=run_dir, steps=steps, seed=seed, settings=settings, ties=ties)
 
 
-def _finish(run_dir: Path, heads: dict[str, Head], facts: dict[str, Any]) -> None:
+def _finish(run_dir: Path, heads: dict[str, Head], facts: dict[str, Any], source: str | None) -> None:
     """The native exports, provenance.json and, last, the mark that the run is complete."""
     from draftsmith.exporters import native
 
@@ -106,7 +133,7 @@ def _finish(run_dir: Path, heads: dict[str, Head], facts: dict[str, Any]) -> Non
     for name, head in heads.items():
         native.save(run_dir / "heads" / name, head, name=name, training=told)
     artifacts.write_json(run_dir / "provenance.json", facts)
-    artifacts.write_json(run_dir / "COMPLETE.json", {"heads": sorted(heads)})
+    artifacts.write_json(run_dir / "COMPLETE.json", {"heads": sorted(heads), "data_sha256": source})
     prepare.say(f"heads -> {run_dir / 'heads'}")
 
 

@@ -10,6 +10,7 @@ size, V vocabulary.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -263,4 +264,6 @@ def load(
     (transformers would only warn, and leave the weight random).
     """
     model, tokenizer = read(path, revision, dtype, trust_remote_code)
+    if Path(path).is_dir():
+        path = str(Path(path).resolve())  # an artifact that names this base is read from other folders
     return BaseLM(model, tokenizer, path, revision).to(device)

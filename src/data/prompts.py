@@ -21,7 +21,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Where prompts come from: a file of ours to read, or the synthetic chats."""
+    """Where prompts come from: a file, and then nothing else; or so many made-up ones."""
 
     path: str | None = None  # JSON lines with `messages` or `prompt`
     synthetic: int = 0  # instead: this many templated chats
@@ -31,8 +31,8 @@ class PromptsConfig:
     def __post_init__(self) -> None:
         if self.synthetic < 0 or self.text < 0:
             raise ConfigError("synthetic, text: counts cannot be negative")
-        if (self.path is None) == (self.synthetic + self.text == 0):
-            raise ConfigError("path, synthetic: give one of them; a file of prompts or a number of made-up ones")
+        if self.path is None and self.synthetic + self.text == 0:
+            raise ConfigError("path, synthetic, text: give a file of prompts, or how many to make up")
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,19 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draftsmith import artifacts
-from draftsmith.contracts import BaseSpec
 from draftsmith.data import chat
 from draftsmith.data.generate import GenerationConfig
-from draftsmith.data.prompts import PromptsConfig, check_messages, json_lines
+from draftsmith.data.prompts import Prompt, PromptsConfig, check_messages, json_lines
 from draftsmith.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from draftsmith.contracts import BaseSpec
+
 ROWS = "rows.jsonl"
+PROMPTS = "prompts.jsonl"  # what the rows answer, beside them: evaluation holds its own prompts against these
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,19 @@ class Row:
     source: str = ""
 
 
-def write_rows(folder: Path, rows: Iterable[Row], **facts: Any) -> int:
-    """Publishes a folder of rows whole, with `facts` in its manifest; returns how many."""
+def write_rows(folder: Path, rows: Iterable[Row], prompts: Iterable[Prompt], **facts: Any) -> int:
+    """Publishes a folder of rows and the prompts they answer, whole, with `facts` in its manifest; returns how
+    many rows."""
     count = 0
     with artifacts.publish(folder, kind="rows", **facts) as temporary:
         with open(temporary / ROWS, "w") as f:
             for row in rows:
                 f.write(json.dumps(vars(row), ensure_ascii=False) + "\n")
                 count += 1
+        with open(temporary / PROMPTS, "w") as f:
+            for prompt in prompts:
+                told = {"prompt": prompt.text} if prompt.text else {"messages": list(prompt.messages)}
+                f.write(json.dumps(told, ensure_ascii=False) + "\n")
         if not count:
             raise DataError(f"{folder}: no row to write; every prompt was dropped")
     return count

@@ -170,6 +170,8 @@ def _check(base: BaseView, prompt: Sequence[int], max_new_tokens: int) -> None:
         raise ConfigError(f"max_new_tokens: {max_new_tokens}; give at least 1")
     if not 0 < len(prompt) <= base.spec.max_positions:
         raise ConfigError(f"prompt: {len(prompt)} tokens; give 1 to {base.spec.max_positions}, the base's positions")
+    if min(prompt) < 0 or max(prompt) >= base.spec.vocab_size:
+        raise ConfigError(f"prompt: ids {min(prompt)}..{max(prompt)}; the base's are 0..{base.spec.vocab_size - 1}")
 
 
 def _best(base: BaseView, capture: Capture) -> Tensor:

@@ -19,6 +19,8 @@ from draftsmith.decoding.engine import generate
 from draftsmith.decoding.lossless import Lossless, compare
 from draftsmith.decoding.stats import Stats
 
+PAST = 16  # tokens of the base's text beyond the cut that an oracle may draft from
+
 Make = Callable[[Sequence[int], Sequence[int]], Drafter | None]
 """(prompt, the base's own continuation) -> the drafter for this prompt; None decodes without one."""
 
@@ -63,11 +65,20 @@ def measure(
         shape = contender.shape if contender and drafter else None
         return generate(base, prompt, drafter=drafter, shape=shape, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
 
-    for prompt in prompts:
-        reference: list[int] = decode(prompt, None, []).tokens  # also warms this length up
+    names = list(results)
+    for number, prompt in enumerate(prompts):
+        reference: list[int] = decode(prompt, None, []).tokens
+        if number == 0:  # everybody's first call warms up untimed
+            for name in names:
+                outside[name](prompt) if name in outside else decode(prompt, contenders.get(name), reference)
+        text = [*prompt, *reference]  # what an oracle needs at the end: some tokens past the cut
+        if len(text) <= base.spec.max_positions:
+            reference = reference + generate(base, text, max_new_tokens=PAST).tokens
         times: dict[str, list[float]] = {name: [] for name in results}
         for again in range(repeats):
-            for name, result in results.items():
+            turn = (number + again) % len(names)  # nobody always follows the same one
+            for name in names[turn:] + names[:turn]:
+                result = results[name]
                 began = time.perf_counter()
                 if name in outside:
                     tokens, stats = outside[name](prompt), Stats()
@@ -139,9 +150,10 @@ def terms(own: Stats, plain: Stats, repeats: int) -> dict[str, float]:
 
 
 def distinct(tokens: Sequence[Sequence[int]], n: int = 4) -> float:
-    """Share of distinct n-grams: near 0 for text that loops, where any look-up drafts well."""
-    grams = [tuple(t[i : i + n]) for t in tokens for i in range(len(t) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
+    """Share of a text's n-grams that are distinct in it, averaged over texts: near 0 where text loops, and any
+    look-up drafts well."""
+    grams = [[tuple(t[i : i + n]) for i in range(len(t) - n + 1)] for t in tokens if len(t) >= n]
+    return statistics.mean(len(set(g)) / len(g) for g in grams) if grams else 1.0
 
 
 def _with_time_of(counts: Stats, timed: Stats) -> Stats:

@@ -22,6 +22,7 @@ from draftsmith.errors import ConfigError
 
 HF = "hf_generate"
 PLAIN = "autoregressive"
+COMPANY = ("prompt_lookup", "oracle")
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,12 @@ def truncate(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):  # torn, or inside a character, or not an object of ours
             break
+    whole = b"".join(line + b"\n" for line in kept)
+    if whole == path.read_bytes():
+        return
     with artifacts.disk(path, "metrics"):
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+        temporary.write_bytes(whole)
         os.replace(temporary, path)
 
 
@@ -111,7 +114,7 @@ class Progress(L.Callback):
         parts = []
         for name, _ in module.each_head():
             m = {k.removeprefix(f"train/{name}/"): v for k, v in module.measured.items()}
-            top1 = "/".join(f"{m[k]:.2f}" for k in sorted(m) if k.startswith("top1/"))
+            top1 = "/".join(f"{m[k]:.2f}" for k in sorted(m, key=len) if k.startswith("top1/"))
             parts.append(f"{name} loss {m['loss']:.3f}")
             parts += [f"top-1 {top1}"] if top1 else []
             parts += [f"tokens/step ~{m['tokens_per_step']:.2f}"] if "tokens_per_step" in m else []

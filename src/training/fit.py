@@ -48,6 +48,8 @@ def fit(
             print(f"resuming after step {module.start} of {steps}", flush=True)
     with artifacts.disk(run_dir, "the run"):
         folder.mkdir(parents=True, exist_ok=True)
+        if engine.is_global_zero:
+            callbacks.truncate(run_dir / "metrics.jsonl", module.start)
     if module.start < steps:
         engine.fit(module, datamodule=data(module.start, steps))
     elif resume:

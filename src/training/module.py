@@ -81,7 +81,10 @@ class TrainModule(L.LightningModule):
         losses = []
         with torch.no_grad():
             needs = reduce(or_, (head.needs for _, head in self.each_head()), Needs())
-            seen = self.base.capture(needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
+            with torch.autocast(self.device.type, enabled=False):  # the base computes as it will in decoding
+                seen = self.base.capture(
+                    needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible()
+                )
         for name, head in self.each_head():
             with rekeyed(self.seed, step, part, self.global_rank, name):
                 out = head.loss(self.base, seen, batch, measure=measure)

@@ -31,7 +31,7 @@ class StepTimer(L.Callback):
         if self._since is not None and batch_idx > self.warm:
             self.step.append(now - self._since)
         needs = Needs(final=True)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(batch.tokens_BT.device.type, enabled=False):
             module.base.capture(needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
         self._since = _now(batch)
         if batch_idx >= self.warm:

@@ -74,6 +74,8 @@ PATIENCE = 4  # a busy test machine may be this much slower than the 3 s promise
         (["+foo=1"], 2, "foo: no such key"),
         (["+trainer.foo=1"], 2, "trainer.foo: no such key"),
         (["head=[]"], 2, "head: nothing to train"),
+        (["seed=x"], 2, "seed='x': give an integer"),
+        (["heads.medusa._target_=draftsmith.exporters.native.Native"], 2, "Native is no head"),
         (["optimizer._target_=os.system"], 2, "optimizer._target_: 'os.system' is not allowed"),
         (["strategy=single", "trainer.devices=2"], 2, "strategy: single with 2 processes"),
         (["data.path=nowhere.jsonl"], 3, "nowhere.jsonl: no such file or folder"),
@@ -111,19 +113,26 @@ def test_bad_rows_are_named(micro: Path, training: list[str], tmp_path: Path, li
 def test_a_run_directory_never_mixes_two_runs(training: list[str], tmp_path: Path) -> None:
     more = [*training, "trainer.max_steps=2", "run_dir=run"]
     assert draftsmith("train", *more, cwd=tmp_path)[0] == 0
-    (tmp_path / "run" / "COMPLETE.json").unlink()
+    code, output = draftsmith("train", *more, cwd=tmp_path)
+    assert (code, "already complete" in output) == (0, True)
     code, output = draftsmith("train", *more, "optimizer.lr=0.5", cwd=tmp_path)
     assert code == 2, output
     assert "holds another run (optimizer.lr: 0.001 -> 0.5)" in output
+    code, output = draftsmith("train", *more, "trainer.devices=2", cwd=tmp_path)
+    assert code == 2, output  # twice the processes is twice the global batch: another run
+    assert "global_batch: 2 -> 4" in output
 
 
 def test_rows_that_changed_are_not_resumed_on(micro: Path, training: list[str], tmp_path: Path) -> None:
     shutil.copy(micro / "rows.jsonl", tmp_path / "rows.jsonl")
     more = [*training, "data.path=rows.jsonl", "trainer.max_steps=2", "run_dir=run"]
     assert draftsmith("train", *more, cwd=tmp_path)[0] == 0
-    (tmp_path / "run" / "COMPLETE.json").unlink()
     rows = (tmp_path / "rows.jsonl").read_text().splitlines()
     (tmp_path / "rows.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    code, output = draftsmith("train", *more, cwd=tmp_path)
+    assert code == 3, output
+    assert "complete, but with other data than there is now" in output
+    (tmp_path / "run" / "COMPLETE.json").unlink()
     code, output = draftsmith("train", *more, cwd=tmp_path)
     assert code == 3, output
     assert "trained on other rows than there are now" in output
@@ -138,11 +147,13 @@ def test_the_step_by_step_loop(micro: Path, training: list[str], tmp_path: Path)
     trained = [*training, "data.path=rows", "data.length=256", "trainer.max_steps=3", "run_dir=run"]
     code, output = draftsmith("train", *trained, cwd=tmp_path)
     assert code == 0, output
-    prompts = ["prompts.synthetic=0", f"prompts.path={micro / 'prompts.jsonl'}"]
+    prompts = [f"prompts.path={micro / 'prompts.jsonl'}"]
     short = ["decoding.max_new_tokens=16", "repeats=1", "threads=1"]
     code, output = draftsmith("evaluate", "run_dir=run", *prompts, *short, cwd=tmp_path)
     assert code == 0, output
+    assert "warning: 6 of 6 prompts were trained on" in output
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["decoding"]["prompts"]["trained_on"] == 6
     head = result["heads"]["medusa"]
     assert head["lossless"]["mismatches"] == 0
     assert head["lossless"]["prompts"] == 6
@@ -173,3 +184,7 @@ def test_distill_again_is_already_complete(micro: Path, tmp_path: Path) -> None:
     assert draftsmith("distill", *args, *more, cwd=tmp_path)[0] == 0
     code, output = draftsmith("distill", *args, *more, cwd=tmp_path)
     assert (code, "already complete" in output) == (0, True)
+    lines(tmp_path / "p.jsonl", [{"prompt": "Twice"}])
+    code, output = draftsmith("distill", *args, *more, cwd=tmp_path)
+    assert code == 2, output
+    assert "holds rows of another prompts" in output

@@ -46,6 +46,7 @@ def test_evaluation_json(run: tuple[Path, str]) -> None:
     assert proof["mismatches"] == 0
     assert proof["ok"]
     assert proof["prompts"] >= 32
+    assert result["decoding"]["prompts"]["trained_on"] == 0
     assert proof["tokens"] >= 32 * 64
     assert set(proof["against"]) == {"autoregressive", "hf_generate"}
     assert head["tokens_per_step"] >= 2.7
@@ -59,7 +60,7 @@ def test_evaluation_json(run: tuple[Path, str]) -> None:
     plain = result["autoregressive"]["tokens_per_second"]
     assert head["speedup"] == pytest.approx(head["tokens_per_second"] / plain)
     assert result["baselines"]["prompt_lookup"]["tokens_per_step"] < head["tokens_per_step"]
-    assert head["tokens_per_step"] <= result["baselines"]["oracle"]["tokens_per_step"] <= HEADS + 1
+    assert result["baselines"]["oracle"]["tokens_per_step"] == HEADS + 1  # every draft right
     assert result["autoregressive"]["distinct_4"] > 0.5  # not the looping text on which any look-up wins
     assert f"{head['tokens_per_step']:.2f}" in run[1]  # printed as written
     assert f"{head['speedup']:.2f}x" in run[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -19,15 +20,19 @@ def blocks(language: str) -> list[str]:
 
 
 def test_every_command_and_the_python_snippet(micro: Path, tmp_path: Path) -> None:
-    """In a folder with `my-model` and `prompts.jsonl`, word for word."""
+    """In a folder with `my-model` and prompts, word for word but for SMALL."""
     (tmp_path / "my-model").symlink_to(micro / "base")
-    (tmp_path / "prompts.jsonl").symlink_to(micro / "prompts.jsonl")
+    asked = (micro / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "prompts.jsonl").write_text("".join(asked[:4]))
+    (tmp_path / "held-out.jsonl").write_text("".join(asked[4:]))
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("draftsmith ")]
     assert [c.split()[1] for c in commands] == ["distill", "train", "evaluate", "export"]
     for command in commands:
         verb, *overrides = command.split()[1:]
         code, output = finish(start([sys.executable, "-m", f"draftsmith.{verb}", *overrides, *SMALL[verb]], tmp_path))
         assert code == 0, f"{command}\n{output}"
+    told = json.loads((tmp_path / "run" / "evaluation.json").read_text())["decoding"]["prompts"]
+    assert (told["count"], told["trained_on"]) == (2, 0)
     (snippet,) = blocks("python")
     code, output = finish(start([sys.executable, "-c", snippet], tmp_path))
     assert code == 0, output
@@ -51,6 +56,11 @@ def test_make_targets_are_the_scripts(target: str) -> None:
     assert f"scripts/{target}.sh" in done.stdout
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert "@@" not in page.read_text(), page.name
+
+
 def test_every_page_it_names_exists() -> None:
     for page in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / page).exists(), page
@@ -66,6 +76,6 @@ def test_every_verb_and_choice_in_the_docs_exists() -> None:
         text = page.read_text()
         for verb in re.findall(r"`draftsmith (\w+)", text):
             assert verb in VERBS, f"{page.name}: {verb}"
-        for group, choice in re.findall(r"[\s`](\w+)=([a-z]\w*)(?![\w)])", text):
+        for group, choice in re.findall(r"[\s`](\w+)=([a-z]\w*)(?=[\s`])", text):
             if group in groups:
                 assert (ROOT / "conf" / group / f"{choice}.yaml").exists(), f"{page.name}: {group}={choice}"

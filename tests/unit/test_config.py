@@ -189,10 +189,18 @@ def test_default_run_dir_is_a_function_of_what_the_run_is() -> None:
     assert len({first, *changed}) == 6
 
 
-@pytest.mark.parametrize("key", sorted(config.MACHINE_KEYS - {"run_dir"}))
+@pytest.mark.parametrize("key", sorted(config.MACHINE_KEYS - {"run_dir", *config.SPLIT_KEYS}))
 def test_where_and_how_fast_is_not_part_of_it(key: str) -> None:
     value = "true" if key == "debug" else "3"
     assert run_name(f"{key}={value}") == run_name()
+
+
+@pytest.mark.parametrize("key", config.SPLIT_KEYS)
+def test_a_global_step_may_be_split_anew_but_not_resized(key: str) -> None:
+    before = ["data.batch_size=4", "trainer.accumulate=3", "trainer.devices=1"]
+    now = {"data.batch_size": 2, "trainer.accumulate": 6, "trainer.devices": 1, "trainer.num_nodes": 1}
+    assert run_name(*before) == run_name(*(f"{k}={v}" for k, v in now.items()))
+    assert run_name(*before) != run_name(*(f"{k}={2 * v if k == key else v}" for k, v in now.items()))
 
 
 def test_a_chosen_run_dir_is_kept_and_the_experiment_names_the_rest() -> None:

@@ -10,13 +10,15 @@ import pytest
 
 from draftsmith.contracts import BaseSpec
 from draftsmith.data import chat
-from draftsmith.data.prompts import PromptsConfig
-from draftsmith.data.rows import DataConfig, Row, read_rows, write_rows
+from draftsmith.data.prompts import Prompt, PromptsConfig, read_prompts
+from draftsmith.data.rows import PROMPTS, DataConfig, Row, read_rows, write_rows
 from draftsmith.errors import ConfigError, DataError
 
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "a dog"}]
 GOOD = {"id": "a", "ids": [7, 8, 9], "mask": [0, 1, 1]}
 Read = Callable[..., list[Row]]
+
+ASKED = [Prompt("a:1", messages=({"role": "user", "content": "hi"},)), Prompt("a:2", text="Once")]
 
 
 @pytest.fixture
@@ -92,7 +94,8 @@ def test_no_row_left(read: Read, lines: list[Any]) -> None:
 @pytest.fixture
 def folder(tmp_path: Path, spec: BaseSpec) -> Path:
     rows = [Row("a", [1, 2, 3], [0, 1, 1], "p:1"), Row("b", [4, 5], [0, 1], "héllo:2")]
-    assert write_rows(tmp_path / "rows", rows, base=dataclasses.asdict(spec)) == 2
+    assert write_rows(tmp_path / "rows", rows, ASKED, base=dataclasses.asdict(spec)) == 2
+    assert [p.id for p in read_prompts(tmp_path / "rows" / PROMPTS)] == [p.id for p in ASKED]
     return tmp_path / "rows"
 
 
@@ -130,7 +133,7 @@ def test_a_folder_that_is_no_rows_folder(tmp_path: Path, spec: BaseSpec, tokeniz
 
 def test_no_rows_are_never_published(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no row to write"):
-        write_rows(tmp_path / "rows", [])
+        write_rows(tmp_path / "rows", [], [])
     assert list(tmp_path.iterdir()) == []
 
 
