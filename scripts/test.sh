@@ -13,7 +13,7 @@ cd -- "$root"
 # Nothing is downloaded or uploaded, and the two workers do not fight over the cores.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 status=0
-"$VENV/bin/python" -m pytest -q -n 2 "$@" || status=$?
+"$VENV/bin/python" -m pytest -q -n 2 --dist loadgroup "$@" || status=$?
 if [ "$status" = 5 ]; then
     echo "test: no test was chosen by: pytest $*" >&2
 fi

@@ -53,7 +53,7 @@ def _same(out: Path, base: prepare.BaseConfig, data: DataConfig) -> None:
 def _facts(prompts: PromptsConfig, generation: GenerationConfig) -> dict[str, Any]:
     """What rows were asked for, as their manifest tells it. (Batch size and path may change.)"""
     return {
-        "prompts": {**dataclasses.asdict(prompts), "path": prepare.content_sha256(prompts.path)},
+        "source": {**dataclasses.asdict(prompts), "path": prepare.content_sha256(prompts.path)},
         "generation": {k: v for k, v in dataclasses.asdict(generation).items() if k != "batch_size"},
     }
 

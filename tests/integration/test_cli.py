@@ -187,4 +187,4 @@ def test_distill_again_is_already_complete(micro: Path, tmp_path: Path) -> None:
     lines(tmp_path / "p.jsonl", [{"prompt": "Twice"}])
     code, output = draftsmith("distill", *args, *more, cwd=tmp_path)
     assert code == 2, output
-    assert "holds rows of another prompts" in output
+    assert "holds rows of another source" in output

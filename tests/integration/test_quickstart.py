@@ -14,6 +14,8 @@ from draftsmith.prepare import cache_dir
 
 from .conftest import draftsmith, finish, start
 
+pytestmark = pytest.mark.xdist_group("quickstart")  # one worker, one run of the loop
+
 HEADS = 3
 
 
