@@ -6,9 +6,9 @@ import hashlib
 import json
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from draftsmith.artifacts import fingerprint, tensors_sha256
 from draftsmith.base.families import Paths, part
 from draftsmith.contracts import BaseSpec
 
@@ -23,12 +23,6 @@ NOISE = frozenset(
 )
 
 
-def sha256_json(value: Any) -> str:
-    """sha256 of the canonical JSON (sorted keys, no blanks) of a value."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def tokenizer_sha256(tokenizer: Any) -> str:
     """Fingerprint of what turns text into ids: the fast tokenizer's own JSON, or the vocabulary without one.
 
@@ -41,7 +35,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     if backend is not None:
         rules["padding"] = rules["truncation"] = None
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return sha256_json([rules, special])
+    return fingerprint([rules, special])
 
 
 def template_sha256(tokenizer: Any) -> str:
@@ -49,7 +43,7 @@ def template_sha256(tokenizer: Any) -> str:
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return ""
-    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else sha256_json(template)
+    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else fingerprint(template)
 
 
 def spec_of(model: Any, paths: Paths, tokenizer: Any, path: str, revision: str | None) -> BaseSpec:
@@ -71,7 +65,7 @@ def spec_of(model: Any, paths: Paths, tokenizer: Any, path: str, revision: str |
         lm_head_bias=head.bias is not None,
         path=path,
         revision=revision,
-        config_sha256=sha256_json(shape),
+        config_sha256=fingerprint(shape),
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         template_sha256=template_sha256(tokenizer),
     )
@@ -93,16 +87,5 @@ def weights_sha256(model: nn.Module, rotary: str = "") -> str:
     The rotary module's buffers (prefix `rotary`) are left out: some families recompute them in place as
     sequences grow, and they follow from the configuration alone.
     """
-    digest = hashlib.sha256()
     named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in sorted(named, key=lambda item: item[0]):
-        if rotary and name.startswith(rotary + "."):
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_raw_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _raw_bytes(tensor: Tensor) -> Any:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)  # reshape: a scalar has no last dimension to view
-    return flat.view(torch.uint8).numpy()
+    return tensors_sha256({n: t for n, t in named if not (rotary and n.startswith(rotary + "."))})
