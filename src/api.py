@@ -59,6 +59,8 @@ def generate(
         if len(prompt) != 1:
             raise ConfigError(f"input_ids: {len(prompt)} rows; one prompt at a time")
         prompt = prompt[0]
+    if not all(type(i) is int for i in prompt):
+        raise ConfigError("input_ids: give token ids, e.g. base.tokenizer(text)['input_ids']")
     drafter = cast(Drafter, head) if head is not None else None
     shape = TreeConfig(depth, paths).shape(drafter.max_depth) if drafter else None
     return decode(base, prompt, drafter=drafter, shape=shape, max_new_tokens=max_new_tokens, eos_ids=base.eos_ids)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM
     from draftsmith.contracts import Head
 
+FEW_STEPS = 50  # the quickstart's head is useful after about a hundred
+
 
 def run(cfg: DictConfig) -> Path:
     """Trains cfg.heads and returns the run directory; the same configuration resumes, or is complete."""
@@ -114,7 +116,11 @@ def _fit(
     stream = Steps(rows, world=trainer.devices * trainer.num_nodes, **layout)
     steps = trainer.steps(len(stream.packs), stream.packs_per_step)
     tokens, room = sum(len(r.ids) for r in rows), len(stream.packs) * data.length
-    prepare.say(f"{len(rows)} rows, {tokens:,} tokens in {len(stream.packs)} packs ({tokens / room:.0%} full)")
+    prepare.say(
+        f"{len(rows)} rows, {tokens:,} tokens in {len(stream.packs)} packs ({tokens / room:.0%} full), {steps} steps"
+    )
+    if steps < FEW_STEPS:
+        prepare.say(f"note: {steps} steps teach a head little; more rows, epochs, or a smaller global batch make more")
     fit.rehearse(base, heads, stream[0].to(base.device))
     if strategy.is_first_process():
         native.rehearse(run_dir, heads)

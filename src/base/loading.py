@@ -64,7 +64,8 @@ def read(path: str, revision: str | None, dtype: str, trust_remote_code: bool) -
         except ConfigError:
             raise
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise DataError(f"base: {path} does not load as a causal language model: {_line(error)}") from error
+            where = path if Path(path).is_dir() else f"{path} (no folder of that name here, so taken as a hub id)"
+            raise DataError(f"base: {where} does not load as a causal language model: {_line(error)}") from error
         model, info = loaded
         _refuse_gaps(path, info)
         return model, _read_tokenizer(path, source)

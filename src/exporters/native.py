@@ -70,7 +70,7 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
     if said.get("format") != FORMAT or said.get("format_version") != FORMAT_VERSION:
         raise DataError(
             f"{folder}/config.json: format {said.get('format')} {said.get('format_version')};"
-            f" this version reads {FORMAT} {FORMAT_VERSION}"
+            f" this version reads {FORMAT} {FORMAT_VERSION}, the folder run_dir/heads/<name>"
         )
     if not all(isinstance(said.get(group), dict) for group in ("base", "head")):
         raise DataError(f"{folder}/config.json: does not describe its base and its head")
