@@ -120,15 +120,18 @@ def content_sha256(path: str | Path | None) -> str | None:
 @contextlib.contextmanager
 def held(run_dir: Path) -> Iterator[None]:
     """Nobody else writes this run directory meanwhile; a lock whose process died is free again."""
-    with artifacts.disk(run_dir, "a lock"), open(run_dir / ".lock", "a+") as lock:
+    with artifacts.disk(run_dir, "a lock"):
+        lock = open(run_dir / ".lock", "a+")  # noqa: SIM115 (held for the whole block)
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             raise ConfigError(f"run_dir: {run_dir} is being written by {lock.read().strip()}") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
+        with artifacts.disk(run_dir, "a lock"):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}")
+            lock.flush()
         yield
 
 

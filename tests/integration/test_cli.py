@@ -188,3 +188,23 @@ def test_distill_again_is_already_complete(micro: Path, tmp_path: Path) -> None:
     code, output = draftsmith("distill", *args, *more, cwd=tmp_path)
     assert code == 2, output
     assert "holds rows of another source" in output
+
+
+def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_free(tmp_path: Path) -> None:
+    import subprocess
+
+    from draftsmith import prepare
+    from draftsmith.errors import ConfigError
+
+    code = "import draftsmith.prepare as p; c = p.held(p.Path('.')); c.__enter__(); print('held', flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match=f"is being written by process {other.pid} on "), prepare.held(tmp_path):
+        pass
+    other.kill()
+    other.wait()
+    with prepare.held(tmp_path):
+        assert "process" in (tmp_path / ".lock").read_text()
