@@ -103,7 +103,10 @@ def test_another_base_is_refused_with_both_values(folder: Path, base: BaseLM, ti
 
 
 def test_another_place_of_the_same_base_is_fine(folder: Path, base: BaseLM) -> None:
-    native.load(folder, dataclasses.replace(base.spec, path="moved", revision=None, config_sha256="x"))
+    moved = dataclasses.replace(base.spec, path="moved", revision=None, config_sha256="x")
+    there, here = native.load(folder, moved), native.load(folder, base.spec)
+    assert there.spec == moved
+    assert all(torch.equal(there.state_dict()[k], v) for k, v in here.state_dict().items())
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])

@@ -97,4 +97,8 @@ def test_single_is_one_process() -> None:
 
 def test_the_shipped_groups_fit() -> None:
     for overrides in ([], ["trainer=gpu"], ["strategy=ddp"], ["scheduler=constant"], ["experiment=quickstart"]):
-        Settings.of(config.compose("train", overrides))
+        cfg = config.compose("train", overrides)
+        settings = Settings.of(cfg)
+        assert settings.trainer.precision == cfg.trainer.precision
+        assert (settings.strategy.name, settings.scheduler.kind) == (cfg.strategy.name, cfg.scheduler.kind)
+        assert settings.optimizer.lr == cfg.optimizer.lr
