@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,14 @@ def write_json(path: Path, value: Any) -> None:
         _sync(path.parent)
 
 
+def replace(temporary: Path, target: Path) -> None:
+    """Moves a finished file to its final name in the same folder, synced: whoever sees the name sees all of it."""
+    _sync(temporary)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, target)
+    _sync(target.parent)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file of contiguous, unshared tensors. A full disk is a ResourceError here too: safetensors
     reports the operating system's refusal as an error of its own."""
@@ -133,6 +141,13 @@ def publish(target: Path | str, *, manifest: str = MANIFEST, **facts: Any) -> It
             raise e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seal(folder: Path, names: Iterable[str], *, manifest: str = MANIFEST, **facts: Any) -> None:
+    """Writes the manifest of a folder that was filled file by file: from now on it is complete. `names` are the
+    files that belong to it."""
+    with disk(folder, manifest):
+        write_json(folder / manifest, {**facts, "files": {name: _sealed(folder / name) for name in sorted(names)}})
 
 
 def verify(folder: Path | str, *, manifest: str = MANIFEST) -> dict[str, Any]:

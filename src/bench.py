@@ -63,7 +63,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     rows = made_up(chats, base.spec.vocab_size, cfg.seed)
     horizon = max(head.horizon for head in heads.values())
     layout = {"length": chats.length, "accumulate": 1, "horizon": horizon, "seed": cfg.seed}
-    packs = len(Steps(rows, batch_size=1, **layout).packs)  # a step is all the chats, packed
+    packs = len(Steps(rows, batch_size=1, **layout).packs(0))  # a step is all the chats, packed
     timer = StepTimer(warm=5)
     steps = settings.trainer.steps(packs, packs) + timer.warm + 1
 

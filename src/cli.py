@@ -8,11 +8,14 @@ import sys
 
 VERBS = {
     "quickstart": "the whole loop on this machine: base, rows, head, proof, speed, export",
+    "doctor": "what is wrong with the environment, the rows or the base, before anything is spent on them",
     "distill": "prompts -> rows, written by the base itself",
+    "label": "per-token labels for gates: accepted drafts, or tokens that matter",
     "train": "rows -> heads, on the frozen base",
     "evaluate": "tokens per step, speed, and proof that the output is the base's own",
     "export": "a trained head -> a folder that an inference server loads",
     "bench": "what one training step costs, as a ratio of the base's forward",
+    "bench_data": "how fast rows are answered, encoded and packed",
 }
 
 

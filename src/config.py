@@ -50,6 +50,8 @@ MACHINE_KEYS = frozenset(
         "trainer.checkpoint_every",
         "trainer.keep",
         "data.num_workers",
+        "data.generation.server.urls",
+        "data.generation.server.concurrency",
     }
 )
 
@@ -67,9 +69,10 @@ def typed(node: Any, schema: type[T], key: str) -> T:
     for name in values:
         if name not in hints:
             raise ConfigError(f"{key}.{name}: no such key{_nearest(name, hints)}")
+    values = {n: v for n, v in values.items() if v is not None or not _is_group(hints[n])}  # null: none by name
     inner = {name: _dataclass_in(hint) for name, hint in hints.items()}
     nested: dict[str, Any] = {
-        name: typed(values[name], kind, f"{key}.{name}")
+        name: _nested(values[name], kind, hints[name], f"{key}.{name}")
         for name, kind in inner.items()
         if kind is not None and values.get(name) is not None
     }
@@ -87,6 +90,15 @@ def typed(node: Any, schema: type[T], key: str) -> T:
         raise ConfigError(f"{at}: {_first_line(e)}") from None
     except (ValueError, TypeError) as e:
         raise ConfigError(f"{key}: {e}") from None
+
+
+def _nested(value: Any, kind: type, hint: Any, key: str) -> Any:
+    """One dataclass, or a group of them by name where the hint is dict[str, X]."""
+    if not _is_group(hint):
+        return typed(value, kind, key)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}: {value!r} is not a group of named entries")
+    return {str(name): typed(own, kind, f"{key}.{name}") for name, own in value.items()}
 
 
 def build(node: Any, key: str, **runtime: Any) -> Any:
@@ -239,9 +251,15 @@ def _nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def _is_group(hint: Any) -> bool:
+    """dict[str, X] of dataclasses: entries by name."""
+    return typing.get_origin(hint) is dict and _dataclass_in(hint) is not None
+
+
 def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass in X or X | None."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    """The dataclass in X, X | None or dict[str, X]."""
+    several = isinstance(hint, types.UnionType) or typing.get_origin(hint) is dict
+    options = typing.get_args(hint) if several else (hint,)
     return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
 
 

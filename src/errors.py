@@ -45,3 +45,11 @@ class Interrupted(DraftsmithError):
     """A signal stopped the run at a step's edge; the same command resumes it."""
 
     exit_code = 75
+
+
+class RowError(DataError):
+    """One row does not fit. `where` is file:row, `reason` a slug that rows are counted by, `detail` the rest."""
+
+    def __init__(self, where: str, reason: str, detail: str) -> None:
+        super().__init__(f"{where}: {detail}")
+        self.where, self.reason, self.detail = where, reason, detail

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, config, distill, prepare
+from draftsmith import artifacts, config, prepare, supply
 from draftsmith.contracts import Drafter, Needs
-from draftsmith.data.prompts import Prompt, PromptsConfig, read_prompts, user_turns
-from draftsmith.data.rows import PROMPTS
+from draftsmith.data.chat import ChatConfig
+from draftsmith.data.prompts import PromptsConfig, user_turns
+from draftsmith.data.records import Record
+from draftsmith.data.settings import DataConfig
 from draftsmith.decoding.referee import COMPANY, HF, PLAIN, BaselinesConfig, DecodingConfig, Referee
 from draftsmith.errors import ConfigError, DataError, NumericsError
 from draftsmith.reporting import table
@@ -42,13 +44,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     run_dir = config.run_dir(cfg, "evaluate")
     folders, of_run = heads_of(run_dir, settings.load)
     base_config = base_of(cfg, folders, of_run)
+    chat = cfg.chat or (of_run or {}).get("data", {}).get("chat") or {}
+    told = config.typed(chat, ChatConfig, "chat")
 
     from draftsmith.exporters import native
 
     settings.apply()
     base = prepare.load_base(base_config, settings.device)
     heads = {name: native.load(f, base.spec, device=base.device) for name, f in folders.items()}
-    asked, source = held_out(base, prompts, of_run)
+    asked, source = held_out(base, prompts, of_run, told, base.spec.max_positions - decoding.max_new_tokens)
     referee = Referee(
         base,
         decoding,
@@ -63,10 +67,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     for name, head in heads.items():
         found["heads"][name]["parameters"] = sum(p.numel() for p in head.parameters())
     dtype = str(base.dtype).removeprefix("torch.")
-    told = {"prompts": source, "repeats": settings.repeats, "threads": settings.threads, "device": str(base.device)}
+    how = {"prompts": source, "repeats": settings.repeats, "threads": settings.threads, "device": str(base.device)}
     result = {
         "base": {**dataclasses.asdict(base.spec), "dtype": dtype},
-        "decoding": {**dataclasses.asdict(decoding), **told},
+        "decoding": {**dataclasses.asdict(decoding), **how},
         **found,
     }
     with artifacts.disk(run_dir, "evaluation.json"):
@@ -114,35 +118,43 @@ def base_of(cfg: DictConfig, folders: Mapping[str, Path], of_run: dict[str, Any]
 
 
 def held_out(
-    base: BaseLM, prompts: PromptsConfig, of_run: dict[str, Any] | None
+    base: BaseLM, prompts: PromptsConfig, of_run: dict[str, Any] | None, told: ChatConfig, room: int
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """Token ids of the prompts, and what evaluation.json tells of them. Made-up prompts share no user turn with
     the made-up ones the run was trained on; of others, those trained on are counted (trained_on; null: unknown).
     """
-    from draftsmith.data import chat
-
     trained = trained_on(of_run)
-    asked = distill.collect(prompts, user_turns(trained or []))
+    asked = supply.collect(prompts, user_turns(trained or []))
     if not asked:
         raise DataError(f"{prompts.path}: no prompt in it")
-    seen = None if trained is None else len({p.id for p in asked} & {p.id for p in trained})
+    seen = None if trained is None else len({r.asked for r in asked} & {r.asked for r in trained})
     if seen:
         prepare.say(f"warning: {seen} of {len(asked)} prompts were trained on; these figures flatter the head")
-    ids = [
-        chat.text_ids(base.tokenizer, p.text) if p.text else chat.prompt_ids(base.tokenizer, p.messages) for p in asked
-    ]
+    ids = [_prompt_ids(base, r, told, room) for r in asked]
     return ids, {**dataclasses.asdict(prompts), "count": len(asked), "trained_on": seen}
 
 
-def trained_on(of_run: dict[str, Any] | None) -> list[Prompt] | None:
-    """The prompts behind a run's rows: asked by the run itself, or by `draftsmith distill` before it."""
+def _prompt_ids(base: BaseLM, record: Record, told: ChatConfig, room: int) -> list[int]:
+    from draftsmith.data import chat
+
+    ids = (
+        chat.prompt_ids(base.tokenizer, record.messages, record.where, told, tools=record.tools)
+        if record.messages
+        else chat.text_ids(base.tokenizer, record.prompt or record.text)
+    )
+    if len(ids) > room:
+        raise DataError(
+            f"{record.where}: a prompt of {len(ids)} tokens leaves no room for decoding.max_new_tokens in the base's"
+            f" context of {base.spec.max_positions}; shorten either or take it out"
+        )
+    return ids
+
+
+def trained_on(of_run: dict[str, Any] | None) -> list[Record] | None:
+    """What was asked behind a run's rows; None where nothing says."""
     if of_run is None:
         return None
-    data = of_run["data"]
-    if data.get("prompts"):
-        return distill.collect(config.typed(data["prompts"], PromptsConfig, "data.prompts"))
-    source = Path(data["path"]) / PROMPTS
-    return list(read_prompts(source)) if source.is_file() else None
+    return supply.asked_of(config.typed(of_run["data"], DataConfig, "data"))
 
 
 def _rescorer(base: BaseLM) -> Any:

@@ -24,7 +24,7 @@ from draftsmith.errors import ConfigError
 from draftsmith.training.strategy import is_first_process
 
 if TYPE_CHECKING:
-    from draftsmith.base.lm import BaseLM
+    from draftsmith.base.lm import BaseLM, Outline
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,28 @@ def load_base(base: BaseConfig, device: str = "cpu") -> BaseLM:
         device=device,
         trust_remote_code=base.trust_remote_code,
     )
+
+
+def outline(base: BaseConfig) -> Outline:
+    """The base without its weights, made first if it has a recipe."""
+    from draftsmith.base import lm
+
+    path = base.path or str(base_folder(base))
+    return lm.outline(path, revision=base.revision, trust_remote_code=base.trust_remote_code)
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun or Slurm says; (0, 1) alone."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
+
+
+def own_device(device: str) -> str:
+    """`cuda` is this process's own one where several run on a node."""
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    return f"cuda:{local}" if device == "cuda" and local else device
 
 
 def base_folder(base: BaseConfig) -> Path:
@@ -118,16 +140,16 @@ def content_sha256(path: str | Path | None) -> str | None:
 
 
 @contextlib.contextmanager
-def held(run_dir: Path) -> Iterator[None]:
-    """Nobody else writes this run directory meanwhile; a lock whose process died is free again."""
+def held(run_dir: Path, rank: int = 0) -> Iterator[None]:
+    """No other process `rank` writes this folder meanwhile; a lock whose process died is free again."""
     with artifacts.disk(run_dir, "a lock"):
-        lock = open(run_dir / ".lock", "a+")  # noqa: SIM115 (held for the whole block)
+        lock = open(run_dir / (f".lock-{rank}" if rank else ".lock"), "a+")  # noqa: SIM115 (held for the whole block)
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise ConfigError(f"run_dir: {run_dir} is being written by {lock.read().strip()}") from None
+            raise ConfigError(f"{run_dir}: is being written by {lock.read().strip()}") from None
         with artifacts.disk(run_dir, "a lock"):
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}")

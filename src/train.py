@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from draftsmith import artifacts, config, distill, prepare
-from draftsmith.data.rows import DataConfig, Row, read_rows
+from draftsmith import artifacts, config, prepare, supply
+from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError, DataError, NumericsError
 from draftsmith.training import strategy
 from draftsmith.training.settings import Settings
@@ -18,6 +18,7 @@ from draftsmith.training.settings import Settings
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM
     from draftsmith.contracts import Head
+    from draftsmith.data.importing import Chosen
 
 FEW_STEPS = 50  # the quickstart's head is useful after about a hundred
 
@@ -29,13 +30,12 @@ def run(cfg: DictConfig) -> Path:
     settings = Settings.of(cfg)
     prepare.check_seed(cfg.seed)
     chosen = heads_of(cfg)
-    if data.path and not Path(data.path).exists():
-        raise DataError(f"{data.path}: no such file or folder; data.path names rows, chats or text")
+    supply.check(data)
     run_dir = config.run_dir(cfg, "train")
     first = strategy.is_first_process()
     if first:
         config.claim(cfg, run_dir)
-    source = prepare.content_sha256(data.path or (data.prompts.path if data.prompts else None))
+    source = artifacts.fingerprint(supply.content(data)) if data.chosen else None
     if artifacts.is_complete(run_dir, manifest="COMPLETE.json"):
         if artifacts.read_json(run_dir / "COMPLETE.json")["data_sha256"] != source:
             raise DataError(f"{run_dir}: complete, but with other data than there is now; choose another run_dir")
@@ -66,16 +66,30 @@ def _run(
     own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     base = prepare.load_base(base_config, own_gpu if settings.trainer.accelerator == "gpu" else "cpu")
     before = base.weights_sha256()
-    path = Path(data.path) if data.path else distill.rows_folder(data, base)
-    rows = read_rows(path, data, base.spec, base.tokenizer)
+    chosen_rows = rows_for(data, base)
     heads = {name: new_head(kind, own, name, base, cfg.seed) for name, (kind, own) in chosen.items()}
-    ties = {"base": before, "rows": artifacts.fingerprint([[r.ids, r.mask] for r in rows])}
-    _fit(base, heads, rows, data, run_dir, cfg.seed, settings, ties)
+    ties = {"base": before, "rows": chosen_rows.training.sha256()}
+    _fit(base, heads, chosen_rows, data, run_dir, cfg.seed, settings, ties)
     if base.weights_sha256() != before:
         raise NumericsError("base: its weights changed during training; nothing was exported")
     if strategy.is_first_process():
-        facts = {"rows": len(rows), "sha256": ties}
+        facts = {"rows": len(chosen_rows.training), "funnel": chosen_rows.funnel, "sha256": ties}
         _finish(run_dir, heads, prepare.provenance(cfg, **facts), source)
+
+
+def rows_for(data: DataConfig, base: BaseLM) -> Chosen:
+    """The rows to train on and those to measure, made first if they are not there; tells what was left out."""
+    from draftsmith.data import importing
+    from draftsmith.data.funnel import table
+    from draftsmith.data.rows import read_folder
+
+    rows, _ = read_folder(supply.rows_of(data, base), base.spec)
+    measured = supply.measured_rows(data, base)
+    held = read_folder(measured, base.spec)[0] if measured else None
+    chosen = importing.choose(rows, data, base.spec, held)
+    if chosen.funnel["quarantined"]:
+        prepare.say(f"warning: {table(chosen.funnel)} as data.long_rows, repeats and loss_on want them")
+    return chosen
 
 
 def heads_of(cfg: DictConfig) -> dict[str, tuple[type[Head], Any]]:
@@ -94,7 +108,7 @@ def heads_of(cfg: DictConfig) -> dict[str, tuple[type[Head], Any]]:
 def _fit(
     base: BaseLM,
     heads: dict[str, Head],
-    rows: list[Row],
+    rows: Chosen,
     data: DataConfig,
     run_dir: Path,
     seed: int,
@@ -106,18 +120,22 @@ def _fit(
     from draftsmith.training import fit
 
     trainer = settings.trainer
-    layout = {
+    layout: dict[str, Any] = {
         "length": data.length,
         "batch_size": data.batch_size,
         "accumulate": trainer.accumulate,
         "horizon": max(head.horizon for head in heads.values()),
         "seed": seed,
     }
-    stream = Steps(rows, world=trainer.devices * trainer.num_nodes, **layout)
-    steps = trainer.steps(len(stream.packs), stream.packs_per_step)
-    tokens, room = sum(len(r.ids) for r in rows), len(stream.packs) * data.length
+    weights_N = rows.weights_N
+    stream = Steps(rows.training, weights_N=weights_N, world=trainer.devices * trainer.num_nodes, **layout)
+    steps = trainer.steps(stream.total(trainer.epochs or 1.0), stream.packs_per_step)
+    first = stream.packs(0)
+    tokens = int(rows.training.lengths_N[[n for pack in first for n in pack]].sum())
+    aside = f" ({len(rows.validation)} more to measure)" if len(rows.validation) else ""
     prepare.say(
-        f"{len(rows)} rows, {tokens:,} tokens in {len(stream.packs)} packs ({tokens / room:.0%} full), {steps} steps"
+        f"{len(rows.training)} rows{aside}, {tokens:,} tokens in {len(first)} packs per epoch"
+        f" ({tokens / len(first) / data.length:.0%} full), {steps} steps"
     )
     if steps < FEW_STEPS:
         prepare.say(f"note: {steps} steps teach a head little; more rows, epochs, or a smaller global batch make more")
@@ -126,9 +144,12 @@ def _fit(
         native.rehearse(run_dir, heads)
 
     def serve(start: int, stop: int) -> RowsModule:
-        return RowsModule(rows, start=start, stop=stop, num_workers=data.num_workers, **layout)
+        more: dict[str, Any] = {"weights_N": weights_N, "measured": rows.validation, "num_workers": data.num_workers}
+        return RowsModule(rows.training, start=start, stop=stop, **more, **layout)
 
-    fit.fit(base, heads, serve, run_dir=run_dir, steps=steps, seed=seed, settings=settings, ties=ties)
+    every = data.validation.every if len(rows.validation) else None
+    told: dict[str, Any] = {"run_dir": run_dir, "steps": steps, "seed": seed, "settings": settings, "ties": ties}
+    fit.fit(base, heads, serve, validate_every=every, **told)
 
 
 def _finish(run_dir: Path, heads: dict[str, Head], facts: dict[str, Any], source: str | None) -> None:

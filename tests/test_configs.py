@@ -11,11 +11,12 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import bench, config, prepare
+from draftsmith import bench, bench_data, config, prepare
 from draftsmith.cli import VERBS
 from draftsmith.contracts import BaseSpec, Head
+from draftsmith.data.labels import LabelsConfig
 from draftsmith.data.prompts import PromptsConfig
-from draftsmith.data.rows import DataConfig
+from draftsmith.data.settings import DataConfig
 from draftsmith.decoding.referee import BaselinesConfig, DecodingConfig
 from draftsmith.errors import ConfigError
 from draftsmith.training.pretrain import PretrainConfig
@@ -26,6 +27,7 @@ SPEC = BaseSpec("llama", 32, 48, 60, 2, 4, 2, 8, 128)
 # group -> the dataclass of its values; a head or an exporter names its own by `_target_`
 SCHEMAS: dict[str, type] = {
     "base": prepare.BaseConfig,
+    "companion": prepare.BaseConfig,
     "data": DataConfig,
     "decoding": DecodingConfig,
     "optimizer": OptimizerConfig,
@@ -37,9 +39,11 @@ TARGETED = {"head", "exporter"}
 # what a verb's own file holds beside the groups: (verb, key) -> its dataclass
 OWN: dict[tuple[str, str], type] = {
     ("evaluate", "prompts"): PromptsConfig,
+    ("label", "labels"): LabelsConfig,
     ("evaluate", "baselines"): BaselinesConfig,
     ("bench", "base"): bench.ShapeConfig,
     ("bench", "data"): bench.ChatsConfig,
+    ("bench_data", "bench"): bench_data.BenchDataConfig,
 }
 ROOTS = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "command")
 CHOICES = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}
@@ -99,7 +103,10 @@ def missing(node: Any, schema: type, key: str) -> list[str]:
         if field.name not in node:
             found.append(f"{key}.{field.name}")
         elif inner and node[field.name] is not None:
-            found += missing(node[field.name], inner, f"{key}.{field.name}")
+            by_name = typing.get_origin(hint) is dict
+            nodes = node[field.name].items() if by_name else [("", node[field.name])]
+            for name, own in nodes:
+                found += missing(own, inner, f"{key}.{field.name}{'.' * by_name}{name}")
     return found
 
 

@@ -122,6 +122,13 @@ class KV:
             held = self._positions_BC[:, start:used]
             held[:, :kept] = held.index_select(1, path_A)
 
+    def select(self, rows_A: Tensor) -> None:
+        """Of all rows keep these, in this order; forget the others."""
+        if self._store is not None:
+            self._hold(self._store.index_select(2, rows_A.to(self._store.device)))
+        if self._positions_BC is not None:
+            self._positions_BC = self._positions_BC.index_select(0, rows_A.to(self._positions_BC.device))
+
     def _allocate(self, key: Tensor, needed: int) -> None:
         while self._capacity < needed:
             self._capacity *= 2

@@ -10,6 +10,8 @@ size, V vocabulary.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +20,13 @@ from torch import Tensor
 
 from draftsmith import contracts
 from draftsmith.base import masks
+from draftsmith.base.answering import Sampling, answer
 from draftsmith.base.families import layer_types, part, paths_of, windows
 from draftsmith.base.generation import generate
 from draftsmith.base.kv import KV
-from draftsmith.base.loading import read
+from draftsmith.base.loading import outline_of, read
 from draftsmith.base.spec import eos_ids_of, spec_of, weights_sha256
-from draftsmith.contracts import Capture, Needs
+from draftsmith.contracts import BaseSpec, Capture, Needs
 from draftsmith.errors import ConfigError, DataError
 
 
@@ -191,6 +194,20 @@ class BaseLM:
             batch_size=batch_size,
         )
 
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seeds: Sequence[int] = (),
+        batch_size: int = 64,
+    ) -> list[list[int]]:
+        """New token ids per prompt, many prompts per forward; see answering.py. The same greedy tokens as
+        `generate`, several times as fast."""
+        return answer(self, prompts, Sampling(max_new_tokens, temperature, top_p), seeds, batch_size)
+
     def _last_needed(self, needs: Needs) -> int:
         layers = len(self._layers)
         top = layers if needs.final or needs.logits else max(needs.hidden, default=0)
@@ -267,3 +284,21 @@ def load(
     if Path(path).is_dir():
         path = str(Path(path).resolve())  # an artifact that names this base is read from other folders
     return BaseLM(model, tokenizer, path, revision).to(device)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A base without its weights: what encoding chats and talking to a server that holds it need."""
+
+    spec: BaseSpec
+    tokenizer: Any
+    eos_ids: frozenset[int]
+
+
+def outline(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Outline:
+    """The base's sizes, fingerprints, tokenizer and end tokens, equal to those of `load`; no weight is read."""
+    model, tokenizer = outline_of(path, revision, trust_remote_code)
+    if Path(path).is_dir():
+        path = str(Path(path).resolve())
+    spec = spec_of(model, paths_of(model.config), tokenizer, path, revision)
+    return Outline(spec, tokenizer, eos_ids_of(model, tokenizer))

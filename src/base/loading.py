@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,36 +39,63 @@ def quiet() -> Iterator[None]:
 
 def read(path: str, revision: str | None, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
     """(model, tokenizer or None), every weight of the model read from the checkpoint or a DataError."""
-    import safetensors
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise ConfigError(f"base.dtype: '{dtype}' is none of {', '.join(DTYPES)}")
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _loading(path):
+        config = _config(path, source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation=paths_of(config).attention,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that `info` names them; they are refused below
+            output_loading_info=True,
+            **source,
+        )
+    model, info = loaded
+    _refuse_gaps(path, info)
+    return model, _read_tokenizer(path, source)
+
+
+def outline_of(path: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    """(model on the meta device, tokenizer or None): everything but the weights, which are not read."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _loading(path), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(path, source), trust_remote_code=trust_remote_code)
+    with quiet(), suppress(OSError):  # a checkpoint may come without one: then the model's config has the last word
+        model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
+    return model, _read_tokenizer(path, source)
+
+
+def _config(path: str, source: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, **source)
+    paths_of(config)  # a family we do not know is refused before anything large is read
+    return config
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """transformers' refusals as one line that names the base."""
+    import safetensors
+
     if Path(path).is_absolute() and not Path(path).is_dir():
         raise DataError(f"base: {path} is no folder; give a saved model's folder or a hub id")
-    source = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(path, **source)
-            paths = paths_of(config)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=DTYPES[dtype],
-                attn_implementation=paths.attention,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # so that `info` names them; they are refused below
-                output_loading_info=True,
-                **source,
-            )
+            yield
         except ConfigError:
             raise
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             where = path if Path(path).is_dir() else f"{path} (no folder of that name here, so taken as a hub id)"
             raise DataError(f"base: {where} does not load as a causal language model: {_line(error)}") from error
-        model, info = loaded
-        _refuse_gaps(path, info)
-        return model, _read_tokenizer(path, source)
 
 
 def _refuse_gaps(path: str, info: dict[str, Any]) -> None:

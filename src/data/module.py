@@ -7,18 +7,19 @@ follows from its number alone, so that resuming is starting at another number; n
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import bisect
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from draftsmith.artifacts import fingerprint
 from draftsmith.contracts import Batch
-from draftsmith.data.pack import best_fit, collate, counts
-from draftsmith.data.rows import Row
+from draftsmith.data.pack import best_fit, collate, epoch_packs
+from draftsmith.data.rows import Row, Rows
+from draftsmith.errors import DataError
 
 
 class Steps(Dataset):
@@ -26,6 +27,7 @@ class Steps(Dataset):
 
     A global step holds world * accumulate * batch_size packs, consecutive in the endless stream of epochs;
     process r takes every world-th of them, so that every world size sees the same global steps.
+    weights_N: how often each row is seen per epoch; once where it is left out.
     """
 
     def __init__(
@@ -37,38 +39,57 @@ class Steps(Dataset):
         accumulate: int,
         horizon: int,
         seed: int,
+        weights_N: np.ndarray | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.rows, self.length, self.seed = rows, length, seed
+        self.rows, self.length, self.seed = Rows.of(rows), length, seed
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
-        self.packs = best_fit([len(r.ids) for r in rows], length)
-        per_row = [counts(r, horizon) for r in rows]
-        self.counts_PK = torch.stack([torch.stack([per_row[i] for i in p]).sum(0) for p in self.packs])
+        self.weights_N = np.ones(len(rows)) if weights_N is None else weights_N
+        self.counts_NK = torch.from_numpy(self.rows.counts(horizon))
+        self.ends = [0]  # where epoch e begins in the stream of packs; as far as anyone asked
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     @property
     def packs_per_step(self) -> int:
         return self.batch_size * self.accumulate * self.world
 
-    def packs_of_step(self, step: int) -> list[int]:
-        """The pack numbers of a global step, in order; a step may straddle two epochs."""
-        n, first = len(self.packs), step * self.packs_per_step
-        return [order(self.seed, i // n, n)[i % n] for i in range(first, first + self.packs_per_step)]
+    def packs(self, epoch: int) -> list[list[int]]:
+        """The packs of an epoch, as row numbers, in order."""
+        if self._epoch[0] != epoch:
+            made = epoch_packs(self.rows.lengths_N, self.weights_N, self.length, self.seed, epoch)
+            if not made and not epoch:  # a later epoch may have none of a few rows of small weight
+                raise DataError("data: no row to train on")
+            self._epoch = (epoch, made)
+            if len(self.ends) == epoch + 1:
+                self.ends.append(self.ends[-1] + len(made))
+        return self._epoch[1]
+
+    def total(self, epochs: float) -> float:
+        """How many packs so many epochs hold."""
+        whole, part = divmod(epochs, 1.0)
+        while len(self.ends) <= whole + (part > 0):
+            self.packs(len(self.ends) - 1)
+        return self.ends[int(whole)] + (part * (self.ends[int(whole) + 1] - self.ends[int(whole)]) if part else 0)
+
+    def packs_of_step(self, step: int) -> list[list[int]]:
+        """The packs of a global step, in order; a step may straddle two epochs."""
+        first = step * self.packs_per_step
+        found = []
+        for i in range(first, first + self.packs_per_step):
+            while self.ends[-1] <= i:
+                self.packs(len(self.ends) - 1)
+            epoch = bisect.bisect_right(self.ends, i) - 1
+            found.append(self.packs(epoch)[i - self.ends[epoch]])
+        return found
 
     def __getitem__(self, m: int) -> Batch:
         step, part = divmod(m, self.accumulate)
         everyone = self.packs_of_step(step)
         per_part = self.batch_size * self.world
         mine = everyone[part * per_part : (part + 1) * per_part][self.rank :: self.world]
-        packs = [[self.rows[i] for i in self.packs[p]] for p in mine]
-        return collate(packs, self.length, self.counts_PK[everyone].sum(0))
-
-
-@functools.lru_cache(maxsize=4)
-def order(seed: int, epoch: int, n: int) -> tuple[int, ...]:
-    """The permutation of range(n) for an epoch."""
-    key = int(fingerprint(["order", seed, epoch])[:15], 16)
-    return tuple(torch.randperm(n, generator=torch.Generator().manual_seed(key)).tolist())
+        counts_K = self.counts_NK[[n for pack in everyone for n in pack]].sum(0)
+        return collate([[self.rows[n] for n in pack] for pack in mine], self.length, counts_K)
 
 
 class RowsModule(L.LightningDataModule):
@@ -85,21 +106,40 @@ class RowsModule(L.LightningDataModule):
         seed: int,
         start: int,
         stop: int,
+        weights_N: np.ndarray | None = None,
+        measured: Sequence[Row] = (),
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        self.measured = Rows.of(measured)
         self.rows, self.start, self.stop, self.num_workers = rows, start, stop, num_workers
-        self.shape = {
+        self.shape: dict[str, Any] = {
             "length": length,
             "batch_size": batch_size,
             "accumulate": accumulate,
             "horizon": horizon,
             "seed": seed,
+            "weights_N": weights_N,
         }
 
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
     def steps(self) -> Steps:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world = self._place()
         return Steps(self.rows, rank=rank, world=world, **self.shape)
+
+    def validation(self) -> Iterator[Batch]:
+        """The rows that are measured and never learned: this process's micro-batches, with the counts of all of
+        them. Every process has equally many, the last ones perhaps empty."""
+        rank, world = self._place()
+        length, size = self.shape["length"], self.shape["batch_size"]
+        packs = best_fit(self.measured.lengths_N.tolist(), length)
+        counts_K = torch.from_numpy(self.measured.counts(self.shape["horizon"]).sum(0))
+        packs += [[]] * (-len(packs) % (size * world))
+        mine = [[self.measured[n] for n in pack] for pack in packs[rank::world]]
+        for at in range(0, len(mine), size):
+            yield collate(mine[at : at + size], length, counts_K)
 
     def train_dataloader(self) -> DataLoader:
         a = self.shape["accumulate"]

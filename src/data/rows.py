@@ -1,143 +1,248 @@
 """Rows on disk and in memory: token ids, loss mask, provenance. Training reads nothing else.
 
-A row is {"id", "ids", "mask", "source"}: ids and mask have equal length; mask 1 = learn to predict this
-token. A folder of rows (written by `draftsmith distill`) has rows.jsonl and a manifest with the base's
-fingerprints; a plain JSON-lines file may hold rows, chats (`messages`) or plain `text`.
+A folder of rows holds rows-00000.parquet, rows-00001.parquet, … and a manifest with their sha256 and the
+fingerprints of the base whose ids they are. mask 1 = learn to predict this token. Shards are read with pyarrow
+alone, so nobody's cache decides what is read.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import contextlib
+import copy
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
 
 from draftsmith import artifacts
-from draftsmith.data import chat
-from draftsmith.data.generate import GenerationConfig
-from draftsmith.data.prompts import Prompt, PromptsConfig, check_messages, json_lines
-from draftsmith.errors import ConfigError, DataError
+from draftsmith.errors import DataError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from draftsmith.contracts import BaseSpec
 
-ROWS = "rows.jsonl"
-PROMPTS = "prompts.jsonl"  # what the rows answer, beside them: evaluation holds its own prompts against these
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    path: str | None = None  # a folder of rows, or JSON lines of rows, chats or text
-    prompts: PromptsConfig | None = None  # instead of path: let the base answer these first
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    loss_on: str = "assistant"  # assistant | all
-    length: int = 2048  # tokens per packed sequence
-    batch_size: int = 8  # packed sequences per micro-batch and process
-    long_rows: str = "error"  # error | truncate | drop: what to do with a row longer than `length`
-    num_workers: int = 0
-
-    def __post_init__(self) -> None:
-        if (self.path is None) == (self.prompts is None):
-            raise ConfigError("path, prompts: give one of them; rows to read, or prompts to answer first")
-        for name, value, choices in (
-            ("loss_on", self.loss_on, ("assistant", "all")),
-            ("long_rows", self.long_rows, ("error", "truncate", "drop")),
-        ):
-            if value not in choices:
-                raise ConfigError(f"{name}='{value}': choose one of {', '.join(choices)}")
-        for name in ("length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: give at least 1")
+SHARD_ROWS = 4096  # rows per parquet file where nobody says otherwise
 
 
 @dataclass(frozen=True)
 class Row:
+    """One conversation: `ids` and `mask` have equal length.
+
+    id: content hash and occurrence, unique in a folder. source: file:row it came from; part: the name of that
+    source. asked: hash of what was asked, without the answers. said: JSON of the text behind the ids. seed: of
+    the sampling, if any. finish: `stop`, or `length` where an answer was cut.
+    """
+
     id: str
-    ids: list[int]
-    mask: list[int]
+    ids: Sequence[int]
+    mask: Sequence[int]
     source: str = ""
+    part: str = ""
+    asked: str = ""
+    said: str = ""
+    seed: int | None = None
+    finish: str = ""
 
 
-def write_rows(folder: Path, rows: Iterable[Row], prompts: Iterable[Prompt], **facts: Any) -> int:
-    """Publishes a folder of rows and the prompts they answer, whole, with `facts` in its manifest; returns how
-    many rows."""
+TEXTS = ("id", "source", "part", "asked", "said", "finish")
+
+
+def to_table(rows: Sequence[Row], extra: Mapping[str, tuple[pa.DataType, Sequence[Any]]] | None = None) -> pa.Table:
+    """An Arrow table, one line per row; extra: column -> (type, a value per row)."""
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {name: pa.array([getattr(r, name) for r in rows], pa.string()) for name in TEXTS}
+    columns["seed"] = pa.array([r.seed for r in rows], pa.int64())
+    columns["ids"] = pa.array([np.asarray(r.ids, np.int32) for r in rows], pa.large_list(pa.int32()))
+    columns["mask"] = pa.array([np.asarray(r.mask, np.uint8) for r in rows], pa.large_list(pa.uint8()))
+    more = {name: pa.array(list(values), kind) for name, (kind, values) in (extra or {}).items()}
+    return pa.table({**columns, **more})
+
+
+def shard_name(number: int) -> str:
+    return f"rows-{number:05d}.parquet"
+
+
+def write_shard(path: Path, table: pa.Table) -> None:
+    """The table as one parquet file, whole or absent; equal tables give equal bytes."""
+    import pyarrow.parquet as pq
+
+    with artifacts.disk(path, path.name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            pq.write_table(table, temporary, compression="zstd")
+            artifacts.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_rows(folder: Path, rows: Iterable[Row], **facts: Any) -> int:
+    """Publishes a folder of rows, whole, with `facts` in its manifest; returns how many rows."""
     count = 0
     with artifacts.publish(folder, kind="rows", **facts) as temporary:
-        with open(temporary / ROWS, "w") as f:
-            for row in rows:
-                f.write(json.dumps(vars(row), ensure_ascii=False) + "\n")
-                count += 1
-        with open(temporary / PROMPTS, "w") as f:
-            for prompt in prompts:
-                told = {"prompt": prompt.text} if prompt.text else {"messages": list(prompt.messages)}
-                f.write(json.dumps(told, ensure_ascii=False) + "\n")
+        for number, some in enumerate(shards(rows)):
+            write_shard(temporary / shard_name(number), to_table(some))
+            count += len(some)
         if not count:
-            raise DataError(f"{folder}: no row to write; every prompt was dropped")
+            raise DataError(f"{folder}: 0 rows are left to write")
     return count
 
 
-def read_rows(path: Path, config: DataConfig, spec: BaseSpec, tokenizer: Any) -> list[Row]:
-    """Every row of `path`, checked against the base and the length; DataError names file:row."""
-    if path.is_dir():
-        _check_origin(artifacts.verify(path), spec, path)
-        path = path / ROWS
-    rows = []
-    for where, value in json_lines(path):
-        row = _fitted(_row(value, config, spec, tokenizer, where), config, spec, where)
-        if row is not None:
-            rows.append(row)
-    if not any(any(row.mask[2:]) for row in rows):  # no head predicts a row's first two tokens
-        raise DataError(
-            f"{path}: no row left with a token to learn from ({len(rows)} rows left);"
-            " see data.long_rows and data.loss_on"
-        )
-    return rows
+def shards(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows, SHARD_ROWS at a time."""
+    some: list[Row] = []
+    for row in rows:
+        some.append(row)
+        if len(some) == SHARD_ROWS:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
-def _row(value: dict[str, Any], config: DataConfig, spec: BaseSpec, tokenizer: Any, where: str) -> Row:
-    if "ids" in value:
-        row = _token_row(value, where)
-    elif "messages" in value:
-        row = Row("", *chat.encode(tokenizer, check_messages(value["messages"], where), where), source=where)
-    elif isinstance(value.get("text"), str):
-        if config.loss_on != "all":
-            raise DataError(f"{where}: plain text has no assistant; set data.loss_on=all")
-        ids = chat.text_ids(tokenizer, value["text"])
-        row = Row("", ids, [1] * len(ids), source=where)
-    else:
-        raise DataError(f"{where}: has none of `ids`, `messages`, `text`; keys: {sorted(value)}")
-    outside = [i for i in (min(row.ids, default=0), max(row.ids, default=0)) if not 0 <= i < spec.vocab_size]
-    if outside:
-        raise DataError(f"{where}: token id {outside[0]} outside the base's vocabulary of {spec.vocab_size}")
-    if config.loss_on == "all":
-        return Row(row.id, row.ids, [1] * len(row.ids), row.source)
-    return row
+class Rows(Sequence[Row]):
+    """Rows held as a few flat arrays: a Row is made when asked for, its ids and mask being views.
+
+    begins_N, ends_N: where row n lies in `ids` (int32) and `mask` (uint8).
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        import pyarrow as pa
+
+        whole = {name: table.column(name).combine_chunks() for name in ("ids", "mask")}
+        if any(isinstance(c, pa.ChunkedArray) for c in whole.values()):  # no chunk at all
+            whole = {name: pa.array([], pa.large_list(pa.int32())) for name in whole}
+        offsets = np.asarray(whole["ids"].offsets)
+        self.begins_N, self.ends_N = offsets[:-1].copy(), offsets[1:].copy()
+        self.ids = np.asarray(whole["ids"].values, np.int32)
+        self.mask = np.array(whole["mask"].values, np.uint8)
+        self.texts = {name: table.column(name) for name in TEXTS}
+        self.seeds = table.column("seed")
+        self.at_N = np.arange(len(table))  # which line of the table row n is
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Rows:
+        return rows if isinstance(rows, Rows) else cls(to_table(rows))
+
+    def __len__(self) -> int:
+        return len(self.at_N)
+
+    @overload
+    def __getitem__(self, n: int) -> Row: ...
+    @overload
+    def __getitem__(self, n: slice) -> Sequence[Row]: ...
+    def __getitem__(self, n: int | slice) -> Row | Sequence[Row]:
+        if isinstance(n, slice):
+            return [self[i] for i in range(*n.indices(len(self)))]
+        at = int(self.at_N[n])
+        span = slice(int(self.begins_N[n]), int(self.ends_N[n]))
+        texts = {name: column[at].as_py() or "" for name, column in self.texts.items()}
+        return Row(ids=self.ids[span], mask=self.mask[span], seed=self.seeds[at].as_py(), **texts)  # type: ignore[arg-type]
+
+    @property
+    def lengths_N(self) -> np.ndarray:
+        return self.ends_N - self.begins_N
+
+    def text(self, name: str) -> list[str]:
+        """One text column, a value per row."""
+        values = self.texts[name].to_pylist()
+        return [values[i] or "" for i in self.at_N]
+
+    def select(self, chosen_N: np.ndarray) -> Rows:
+        """These rows (indices or booleans), sharing the arrays."""
+        out = copy.copy(self)
+        out.begins_N, out.ends_N, out.at_N = self.begins_N[chosen_N], self.ends_N[chosen_N], self.at_N[chosen_N]
+        return out
+
+    def learned(self, mask: np.ndarray) -> Rows:
+        """The same rows with another mask, as long as `mask`."""
+        out = copy.copy(self)
+        out.mask = mask
+        return out
+
+    def truncated(self, room: int) -> Rows:
+        """The same rows, none longer than `room`."""
+        out = copy.copy(self)
+        out.ends_N = np.minimum(self.ends_N, self.begins_N + room)
+        return out
+
+    def counts(self, horizon: int) -> np.ndarray:
+        """counts_NK [rows, horizon + 1]: how many learned tokens row n has from its k-th token on, which is how
+        many targets k ahead it adds to a global step."""
+        sums = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
+        froms_NK = np.minimum(self.begins_N[:, None] + np.arange(horizon + 1), self.ends_N[:, None])
+        return sums[self.ends_N][:, None] - sums[froms_NK]
+
+    def learns(self) -> np.ndarray:
+        """learns_N: whether a head can learn from row n. (No head predicts a row's first two tokens.)"""
+        return self.counts(2)[:, 2] > 0
+
+    def sha256(self) -> str:
+        """Hash of ids and masks, row by row."""
+        digest = hashlib.sha256(self.lengths_N.astype(np.int64).tobytes())
+        for begin, end in zip(self.begins_N.tolist(), self.ends_N.tolist(), strict=True):
+            digest.update(self.ids[begin:end].tobytes())
+            digest.update(self.mask[begin:end].tobytes())
+        return digest.hexdigest()
 
 
-def _token_row(value: dict[str, Any], where: str) -> Row:
-    ids, mask = value["ids"], value.get("mask")
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise DataError(f"{where}: ids: give a list of integers")
-    if not isinstance(mask, list) or len(mask) != len(ids) or not all(m in (0, 1) for m in mask):
-        raise DataError(f"{where}: mask: give one 0 or 1 per id ({len(ids)})")
-    return Row(str(value.get("id", "")), ids, [int(m) for m in mask], str(value.get("source", where)))
+def verified(folder: Path, spec: BaseSpec | None = None) -> dict[str, Any]:
+    """The manifest of a folder of rows, after checking every shard against it, that no other shard lies there,
+    and, with a spec, that the ids are this base's."""
+    facts = artifacts.verify(folder)
+    if facts.get("kind") not in ("rows", "labels"):
+        raise DataError(f"{folder}: holds {facts.get('kind') or 'something else'}, not rows")
+    stray = sorted(p.name for p in folder.glob("rows-*.parquet") if p.name not in facts["files"])
+    if stray:
+        raise DataError(f"{folder}: {stray[0]} is not in manifest.json; take it away or distil again")
+    if spec is not None:
+        check_origin(facts, spec, folder)
+    return facts
 
 
-def _fitted(row: Row, config: DataConfig, spec: BaseSpec, where: str) -> Row | None:
-    """The row if it fits a packed sequence and the base's own context, else what long_rows says."""
-    room = min(config.length, spec.max_positions)
-    if len(row.ids) <= room:
-        return row
-    if config.long_rows == "error":
-        limit = f"data.length={room}; raise it or" if room == config.length else f"the base's context of {room};"
-        raise DataError(f"{where}: {len(row.ids)} tokens do not fit {limit} set data.long_rows=truncate or drop")
-    if config.long_rows == "drop":
-        return None
-    return Row(row.id, row.ids[:room], row.mask[:room], row.source)
+def read_table(folder: Path, spec: BaseSpec | None = None) -> tuple[pa.Table, dict[str, Any]]:
+    """Every column of a verified folder of rows, and its manifest."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    facts = verified(folder, spec)
+    shards = sorted(name for name in facts["files"] if name.startswith("rows-") and name.endswith(".parquet"))
+    if not shards:
+        raise DataError(f"{folder}: 0 rows in it")
+    with _named(folder):
+        return pa.concat_tables([pq.read_table(folder / name) for name in shards]), facts
 
 
-def _check_origin(facts: dict[str, Any], spec: BaseSpec, path: Path) -> None:
+def read_folder(folder: Path, spec: BaseSpec | None = None) -> tuple[Rows, dict[str, Any]]:
+    """The rows of a folder and its manifest. DataError for damage, another base's ids, or ids outside the
+    vocabulary."""
+    table, facts = read_table(folder, spec)
+    missing = sorted({*TEXTS, "ids", "mask", "seed"} - set(table.column_names))
+    if missing:
+        raise DataError(f"{folder}: its rows have no column {', '.join(missing)}")
+    rows = Rows(table)
+    if spec is not None and rows.ids.size and not 0 <= rows.ids.min() <= rows.ids.max() < spec.vocab_size:
+        raise DataError(f"{folder}: token ids outside the base's vocabulary of {spec.vocab_size}")
+    return rows, facts
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except pa.ArrowInvalid as e:
+        raise DataError(f"{folder}: not parquet that we wrote ({e})") from None
+
+
+def check_origin(facts: Mapping[str, Any], spec: BaseSpec, path: Path) -> None:
     """Rows hold ids of one tokenizer; another one, even of the same size, would train on noise."""
     wrote = facts.get("base", {})
     for name in ("tokenizer_sha256", "template_sha256"):

@@ -44,6 +44,20 @@ class Clock(L.Callback):
             self.mark = (self.tokens, now)
 
 
+class Validation(L.Callback):
+    """Measures the held-out rows every so many steps and at the end; `module.validated` holds the result until the
+    next step. Stands before Metrics, which writes it down."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
+        module.validated = {}
+        step = module.done(idx)
+        if step_done(trainer, idx) and (step % self.every == 0 or step == module.steps):
+            module.validated = module.validate(cast(Any, trainer).datamodule.validation())
+
+
 class Metrics(L.Callback):
     """metrics.jsonl: one object per measured step; on resume, lines past the checkpoint are cut off."""
 
@@ -55,11 +69,11 @@ class Metrics(L.Callback):
             truncate(self.path, cast(TrainModule, pl_module).start)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
-        if not (trainer.is_global_zero and step_done(trainer, idx) and module.measured):
+        if not (trainer.is_global_zero and step_done(trainer, idx) and (module.measured or module.validated)):
             return
         step, peak = module.done(idx), trainer.optimizers[0].param_groups[0]["initial_lr"]
         lr = peak * module.settings.scheduler.factor(step - 1, module.steps)  # the group's lr is the next step's by now
-        line = {"step": step, **module.measured, "lr": lr, "tokens_per_second": self.clock.rate}
+        line = {"step": step, **module.measured, **module.validated, "lr": lr, "tokens_per_second": self.clock.rate}
         with artifacts.disk(self.path, "metrics"), open(self.path, "a") as f:
             f.write(json.dumps(line) + "\n")
 

@@ -29,10 +29,12 @@ def fit(
     seed: int,
     settings: Settings,
     ties: Mapping[str, str],
+    validate_every: int | None = None,
     more: Sequence[L.Callback] = (),
 ) -> L.Trainer:
     """Runs optimiser steps up to `steps`; the heads hold the result. data(start, stop) serves the steps.
-    ties: fingerprints of base and rows; a checkpoint made with others is refused (DataError).
+    ties: fingerprints of base and rows; a checkpoint made with others is refused (DataError). validate_every: steps
+    between measurements of the rows that are not learned; None: there are none.
 
     Raises Interrupted after a signal (a checkpoint was saved), NumericsError for a gradient that is not finite.
     """
@@ -41,7 +43,8 @@ def fit(
     resume, skipped = _resume(folder, ties)
     module = TrainModule(base, heads, settings=settings, steps=steps, seed=seed, resume=resume)
     checkpoints = callbacks.Checkpoints(folder, trainer.checkpoint_every, trainer.keep, ties)
-    engine = _engine(settings, run_dir, steps - module.start, [checkpoints, *more])
+    validation = [] if validate_every is None else [callbacks.Validation(validate_every)]
+    engine = _engine(settings, run_dir, steps - module.start, [checkpoints, *more], validation)
     if engine.is_global_zero:
         print("".join(f"warning: {line}\n" for line in skipped), end="", flush=True)
         if module.start:
@@ -74,7 +77,9 @@ def _resume(folder: Path, ties: Mapping[str, str]) -> tuple[checkpoint.Checkpoin
     return resume, skipped
 
 
-def _engine(settings: Settings, run_dir: Path, steps: int, more: Sequence[L.Callback]) -> L.Trainer:
+def _engine(
+    settings: Settings, run_dir: Path, steps: int, more: Sequence[L.Callback], first: Sequence[L.Callback]
+) -> L.Trainer:
     """Lightning's loop with everything of its own that we do ourselves switched off."""
     _quiet_lightning()
     clock = callbacks.Clock()
@@ -90,7 +95,7 @@ def _engine(settings: Settings, run_dir: Path, steps: int, more: Sequence[L.Call
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         gradient_clip_val=None,
-        callbacks=[clock, metrics, callbacks.Progress(clock), *more],
+        callbacks=[*first, clock, metrics, callbacks.Progress(clock), *more],
     )
 
 

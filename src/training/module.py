@@ -6,7 +6,7 @@ The base is held outside `parameters()`: no optimiser, checkpoint or gradient ho
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from operator import or_
 from typing import Any, cast
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.artifacts import fingerprint
-from draftsmith.contracts import BaseView, Batch, Head, Needs
+from draftsmith.contracts import BaseView, Batch, Capture, Head, LossOut, Needs
 from draftsmith.errors import NumericsError
 from draftsmith.training import checkpoint, strategy
 from draftsmith.training.settings import Settings
@@ -34,6 +34,7 @@ def rekeyed(*key: Any) -> Iterator[None]:
 class TrainModule(L.LightningModule):
     """Trains `heads` for optimiser steps start..steps-1.
 
+    validated: the same of the rows that are only measured, after a step that measured them.
     measured: the metrics of the step that just ended, when it was one to measure (every `log_every` steps and
     the last): name -> float, equal on every process. grad_norms: head -> norm before clipping.
     """
@@ -56,6 +57,7 @@ class TrainModule(L.LightningModule):
         self.log_every = settings.trainer.log_every
         self.start = resume.step if resume else 0
         self.measured: dict[str, float] = {}
+        self.validated: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
 
     def on_fit_start(self) -> None:
@@ -79,24 +81,43 @@ class TrainModule(L.LightningModule):
         if part == 0:
             self._sums = {}
         losses = []
-        with torch.no_grad():
-            needs = reduce(or_, (head.needs for _, head in self.each_head()), Needs())
-            with torch.autocast(self.device.type, enabled=False):  # the base computes as it will in decoding
-                seen = self.base.capture(
-                    needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible()
-                )
+        seen = self._seen(batch)
         for name, head in self.each_head():
             with rekeyed(self.seed, step, part, self.global_rank, name):
                 out = head.loss(self.base, seen, batch, measure=measure)
             loss = out.sum / out.count.clamp(min=1)
             losses.append(loss)
             if measure:
-                pairs = {"loss": (loss.detach(), None), **out.metrics}
-                for metric, (value, weight) in pairs.items():
-                    self._add(f"train/{name}/{metric}", value, weight)
+                self._add_all(f"train/{name}", loss.detach(), out)
         last = part + 1 == self.trainer.accumulate_grad_batches
         self.measured = self._reduced() if measure and last else {}
         return torch.stack(losses).sum() * strategy.undo(self.trainer)
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The metrics of rows that are never learned, the heads as they decode; equal on every process."""
+        self._sums = {}
+        for part, batch in enumerate(batches):
+            batch = batch.to(self.device)
+            seen = self._seen(batch)
+            for name, head in self.each_head():
+                head.eval()
+                with rekeyed(self.seed, "validation", part, self.global_rank, name):
+                    out = head.loss(self.base, seen, batch, measure=True)
+                self._add_all(f"validation/{name}", out.sum / out.count.clamp(min=1), out)
+                head.train()
+        return self._reduced() if self._sums else {}
+
+    def _seen(self, batch: Batch) -> Capture:
+        """One base forward for all heads, computed as it will be in decoding."""
+        needs = reduce(or_, (head.needs for _, head in self.each_head()), Needs())
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.base.capture(needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
+
+    def _add_all(self, prefix: str, loss: Tensor, out: LossOut) -> None:
+        self._add(f"{prefix}/loss", loss, None)
+        for metric, (value, weight) in out.metrics.items():
+            self._add(f"{prefix}/{metric}", value, weight)
 
     def _add(self, metric: str, value: Tensor, weight: Tensor | None) -> None:
         """Numerator and denominator of a metric; without a weight the value adds up by itself."""

@@ -37,11 +37,11 @@ class TrainerConfig:
         if self.checkpoint_every < 1 or (self.epochs is not None and self.epochs <= 0):
             raise ConfigError("checkpoint_every, epochs: give a positive number")
 
-    def steps(self, packs: int, packs_per_step: int) -> int:
-        """Optimiser steps of the whole run, computed here and never asked of the trainer."""
+    def steps(self, packs: float, packs_per_step: int) -> int:
+        """Optimiser steps of the whole run, computed here and never asked of the trainer; packs: of all epochs."""
         if self.max_steps is not None:
             return self.max_steps
-        return max(1, math.ceil(float(self.epochs or 0) * packs / packs_per_step))
+        return max(1, math.ceil(packs / packs_per_step))
 
 
 @dataclass(frozen=True)

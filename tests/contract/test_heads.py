@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from draftsmith import config
 from draftsmith.contracts import Batch, Capture, Head, LossOut, Needs, State
-from draftsmith.data.pack import collate, counts
-from draftsmith.data.rows import Row
+from draftsmith.data.pack import collate
+from draftsmith.data.rows import Row, Rows
 from draftsmith.decoding import tree
 from draftsmith.decoding.engine import generate
 from draftsmith.decoding.lossless import compare
@@ -109,7 +109,7 @@ def a_batch(horizon: int, learn: Callable[[int, int], bool] | None = None, seed:
         ids = torch.randint(0, 60, (n,), generator=generator).tolist()
         mask = [int(learn(d, t) if learn else t >= n - learned) for t in range(n)]
         rows.append(Row(str(d), ids, mask))
-    total = torch.stack([counts(r, horizon) for r in rows]).sum(0)
+    total = torch.from_numpy(Rows.of(rows).counts(horizon).sum(0))
     return collate([rows[:3], rows[3:]], LENGTH, total)
 
 
@@ -385,7 +385,7 @@ def test_logits_in_training_equal_those_in_decoding(variant: Variant, make: Any,
     text = [*prompt, *out.tokens]
     before = 7  # the text is the second document of its sequence
     rows = [Row("a", list(range(before)), [1] * before), Row("b", text, [1] * len(text))]
-    batch = collate([rows], before + len(text) + 4, counts(rows[1], head.horizon))
+    batch = collate([rows], before + len(text) + 4, torch.from_numpy(Rows.of(rows).counts(head.horizon)[1]))
     packed = capture(base, head.needs, batch).at(torch.arange(before, before + len(text)))
     again, training = overhear(head, lambda: replay(base, head, text, starts, packed, shape))
     assert again == [p.tokens_N.tolist() for p in engine.proposals]

@@ -14,8 +14,8 @@ import torch
 
 from draftsmith.base.lm import BaseLM
 from draftsmith.contracts import Needs, Proposal
-from draftsmith.data.pack import collate, counts
-from draftsmith.data.rows import Row
+from draftsmith.data.pack import collate
+from draftsmith.data.rows import Row, Rows
 from draftsmith.decoding import verify
 from draftsmith.decoding.drafters.prompt_lookup import PromptLookup, PromptLookupConfig
 from draftsmith.decoding.engine import generate
@@ -51,7 +51,7 @@ def trained(base: Any) -> Medusa:
     """Has learned the base's own answers to PROMPTS by heart, or nearly."""
     head, texts = medusa(base), [p + generate(base, p, max_new_tokens=COUNT).tokens for p in PROMPTS]
     rows = [Row("", text, [1] * len(text)) for text in texts]
-    counted = torch.stack([counts(row, head.horizon) for row in rows]).sum(0)
+    counted = torch.from_numpy(Rows.of(rows).counts(head.horizon).sum(0))
     batch = collate([[row] for row in rows], max(map(len, texts)), counted)
     seen = base.capture(head.needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)

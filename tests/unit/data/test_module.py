@@ -2,17 +2,20 @@
 
 import random
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from draftsmith.contracts import Batch
-from draftsmith.data.module import RowsModule, Steps, order
-from draftsmith.data.rows import Row
+from draftsmith.data.module import RowsModule, Steps
+from draftsmith.data.rows import Row, Rows
+from draftsmith.errors import DataError
 from draftsmith.targets import count_targets
 
 LENGTH, HORIZON = 16, 4
-PINNED = (7, 6, 2, 0, 3, 5, 1, 4)  # recorded with torch 2.13
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,7 @@ def rows() -> list[Row]:
     return [Row(str(i), [i + 1] * n, [int(rng.random() < 0.6) for _ in range(n)]) for i, n in enumerate(sizes)]
 
 
-def steps(rows: list[Row], **settings: int) -> Steps:
+def steps(rows: list[Row], **settings: Any) -> Steps:
     return Steps(
         rows, **{"length": LENGTH, "batch_size": 2, "accumulate": 1, "horizon": HORIZON, "seed": 7, **settings}
     )
@@ -37,37 +40,76 @@ def same(a: Batch, b: Batch) -> bool:
     return all(torch.equal(vars(a)[name], vars(b)[name]) for name in vars(a))
 
 
+def ids(batch: Batch) -> list[int]:
+    """The rows of a micro-batch, by their first token."""
+    starts = (batch.positions_BT == 0) & (batch.documents_BT >= 0)
+    return [int(i) - 1 for i in batch.tokens_BT[starts]]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
-def test_every_pack_once_per_epoch(rows: list[Row], batch_size: int) -> None:
+def test_every_row_once_per_epoch(rows: list[Row], batch_size: int) -> None:
     """As a multiset over several epochs, also where a step straddles two of them."""
     stream = steps(rows, batch_size=batch_size)
-    n = len(stream.packs)
-    epochs = batch_size  # then whole steps fill whole epochs
-    seen = [p for s in range(epochs * n // batch_size) for p in stream.packs_of_step(s)]
-    for epoch in range(epochs):
-        assert sorted(seen[epoch * n : (epoch + 1) * n]) == list(range(n))
-    assert len({tuple(seen[e * n : (e + 1) * n]) for e in range(epochs)}) == epochs
-    shown = Counter(text for s in range(len(seen) // batch_size) for text in texts(stream[s]))
-    assert set(shown.values()) == {epochs}
-    assert len(shown) == n
+    assert stream.packs_per_step == batch_size
+    ends = [int(stream.total(e)) for e in range(5)]
+    epochs = [stream.packs(e) for e in range(4)]
+    assert ends == [0, *np.cumsum([len(p) for p in epochs])]
+    seen = [p for s in range(ends[-1] // batch_size + 1) for p in stream.packs_of_step(s)][: ends[-1]]
+    assert seen == [p for packs in epochs for p in packs]
+    assert all(sorted(i for p in packs for i in p) == list(range(len(rows))) for packs in epochs)
+    assert len({tuple(map(tuple, packs)) for packs in epochs}) == 4
+    shown = Counter(i for s in range(ends[-1] // batch_size) for i in ids(stream[s]))
+    shown.update(i for p in seen[ends[-1] // batch_size * batch_size :] for i in p)
+    assert shown == Counter([*range(len(rows))] * 4)
 
 
-def test_order_is_a_function_of_seed_and_epoch() -> None:
-    assert order(3, 1, 50) == order(3, 1, 50)
-    state = torch.random.get_rng_state()
-    order.cache_clear()
-    torch.manual_seed(99)
-    first = order(3, 1, 50)
-    torch.random.set_rng_state(state)
-    order.cache_clear()
-    assert order(3, 1, 50) == first
-    assert len({order(seed, epoch, 50) for seed in range(4) for epoch in range(4)}) == 16
-    assert sorted(first) == list(range(50))
+WEIGHTS = np.array([0.5, 1.0, 2.25, 0.5] * 5 + [1.0] * 3)
 
 
-def test_order_is_pinned() -> None:
-    """A change of it would make every stored checkpoint resume on other rows."""
-    assert order(0, 0, 8) == PINNED
+def test_weighted_rows_in_four_epochs(rows: list[Row]) -> None:
+    stream = steps(rows, weights_N=WEIGHTS)
+    seen = [Counter(i for pack in stream.packs(e) for i in pack) for e in range(4)]
+    total = sum(seen, Counter())
+    assert [total[n] for n in range(len(rows))] == (4 * WEIGHTS).tolist()
+    assert all(abs(s[n] - w) < 1 for s in seen for n, w in enumerate(WEIGHTS))
+    whole = int(stream.total(4)) // 2
+    packs = [pack for e in range(4) for pack in stream.packs(e)][: 2 * whole]
+    assert Counter(i for m in range(whole) for i in ids(stream[m])) == Counter(i for pack in packs for i in pack)
+
+
+def test_epochs_of_few_rows_of_small_weight(rows: list[Row]) -> None:
+    """One row every third epoch: the epochs between are empty, and the stream goes on."""
+    stream = steps(rows[:1], weights_N=np.array([1 / 3]), batch_size=1)
+    assert [len(stream.packs(e)) for e in range(4)] == [1, 0, 0, 1]
+    assert [stream.packs_of_step(s) for s in range(5)] == [[[0]]] * 5
+    assert stream.total(3) == 1
+    with pytest.raises(DataError, match="no row to train on"):
+        steps([]).packs(0)
+
+
+def test_how_many_packs_so_many_epochs_hold(rows: list[Row]) -> None:
+    """In any order of asking; a fraction is that of its own epoch."""
+    weights = {"weights_N": WEIGHTS}
+    sizes = [len(steps(rows, **weights).packs(e)) for e in range(4)]
+    for epochs in (0.0, 0.25, 1.0, 1.5, 3.0, 3.9):
+        whole = int(epochs)
+        wanted = sum(sizes[:whole]) + (epochs - whole) * (sizes[whole] if epochs > whole else 0)
+        assert steps(rows, **weights).total(epochs) == pytest.approx(wanted)
+    backwards = steps(rows, **weights)
+    assert [len(backwards.packs(e)) for e in (3, 1, 2, 0)] == [sizes[e] for e in (3, 1, 2, 0)]
+    assert backwards.total(4) == sum(sizes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_step_of_any_stream_is_the_same(rows: list[Row], seed: int) -> None:
+    """Whatever was asked before: resuming at a step is asking for it."""
+    rng = random.Random(seed)
+    straight = steps(rows, weights_N=WEIGHTS, batch_size=3)
+    whole = [straight.packs_of_step(s) for s in range(40)]
+    jumping = steps(rows, weights_N=WEIGHTS, batch_size=3)
+    for step in rng.sample(range(40), 12):
+        assert jumping.packs_of_step(step) == whole[step]
+        assert steps(rows, weights_N=WEIGHTS, batch_size=3).packs_of_step(step) == whole[step]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -81,6 +123,7 @@ def test_every_world_size_sees_the_same_global_steps(rows: list[Row], world: int
         whole = one[step]
         parts = [r[step * accumulate + a] for r in ranks for a in range(accumulate)]
         assert Counter(t for part in parts for t in texts(part)) == Counter(texts(whole))
+        assert sorted(i for part in parts for i in ids(part)) == sorted(ids(whole))
         assert all(torch.equal(part.counts_K, whole.counts_K) for part in parts)
 
 
@@ -106,9 +149,9 @@ def test_a_micro_batch_is_always_the_same(rows: list[Row]) -> None:
     assert not same(a[0], steps(rows, seed=8)[0])
 
 
-def module(rows: list[Row], start: int, stop: int, **more: int) -> RowsModule:
+def module(rows: list[Row], start: int, stop: int, **more: Any) -> RowsModule:
     settings = {"length": LENGTH, "batch_size": 2, "accumulate": 3, "horizon": HORIZON, "seed": 7}
-    return RowsModule(rows, start=start, stop=stop, **settings, **more)
+    return RowsModule(rows, start=start, stop=stop, **{**settings, **more})
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 7, 8])
@@ -131,3 +174,24 @@ def test_batches_keep_their_type_and_go_to_the_device(rows: list[Row]) -> None:
     batch = next(iter(made.train_dataloader()))
     assert isinstance(batch, Batch)
     assert made.transfer_batch_to_device(batch, torch.device("meta"), 0).tokens_BT.is_meta
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 1, 7, 23])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_every_measured_row_once_over_all_processes(rows: list[Row], world: int, count: int, batch_size: int) -> None:
+    """With equally many batches on each, the last ones perhaps empty, and the counts of all."""
+    served: list[list[Batch]] = []
+    for rank in range(world):
+        one = module(rows, 0, 1, measured=rows[:count], batch_size=batch_size)
+        one.trainer = SimpleNamespace(global_rank=rank, world_size=world)  # type: ignore[assignment]
+        served.append(list(one.validation()))
+        assert all(same(a, b) for a, b in zip(served[rank], one.validation(), strict=True))
+    assert len({len(batches) for batches in served}) == 1
+    every = [batch for batches in served for batch in batches]
+    assert sorted(i for batch in every for i in ids(batch)) == list(range(count))
+    counts_K = torch.from_numpy(Rows.of(rows[:count]).counts(HORIZON).sum(0))
+    assert all(torch.equal(batch.counts_K, counts_K) for batch in every)
+    total_K = sum((count_targets(b.mask_BT, b.documents_BT, HORIZON) for b in every), torch.zeros_like(counts_K))
+    assert torch.equal(total_K, counts_K)
+    assert all(b.tokens_BT.shape == (batch_size, LENGTH) for b in every)

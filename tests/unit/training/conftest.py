@@ -85,6 +85,8 @@ class Plan:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=0.01, weight_decay=0.01))
     scheduler: SchedulerConfig = field(default_factory=lambda: SchedulerConfig(warmup=0.3))
     ties: Mapping[str, str] = field(default_factory=lambda: TIES)
+    measured: int = 0  # packs that are not learned
+    validate_every: int | None = None
     more: Sequence[L.Callback] = ()
 
 
@@ -111,15 +113,22 @@ def train(base: BaseLM) -> Callable[..., Run]:
             checkpoint_every=plan.checkpoint_every,
             keep=plan.keep,
         )
+
+        def serve(start: int, stop: int) -> RowsModule:
+            return RowsModule(
+                make_rows(plan.packs), start=start, stop=stop, measured=make_rows(plan.measured), **layout
+            )
+
         engine = fit.fit(
             base,
             heads,
-            lambda start, stop: RowsModule(make_rows(plan.packs), start=start, stop=stop, **layout),
+            serve,
             run_dir=run_dir,
             steps=plan.steps,
             seed=3,
             settings=Settings(trainer, StrategyConfig(), plan.optimizer, plan.scheduler, torch.optim.AdamW),
             ties=plan.ties,
+            validate_every=plan.validate_every,
             more=plan.more,
         )
         return Run(run_dir, heads, engine)

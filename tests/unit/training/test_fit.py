@@ -49,6 +49,25 @@ def test_resume_from_every_checkpoint_is_bit_equal(
     assert f"resuming after step 3 of {STEPS}" in capsys.readouterr().out
 
 
+def test_measuring_other_rows_changes_nothing_that_is_learned(train: Train, tmp_path: Path) -> None:
+    """Every so many steps and at the end, the same numbers after a resume."""
+    plan = {"steps": STEPS, "checkpoint_every": 3, "keep": 99}
+    plain = train(tmp_path / "plain", **plan)
+    plan |= {"measured": 3, "validate_every": 2}
+    whole = train(tmp_path / "whole", **plan)
+    shutil.copytree(whole.run_dir, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / f"step-{STEPS:08d}")
+    again = train(tmp_path / "again", **plan)
+    assert plain.weights == whole.weights == again.weights
+    assert again.lines == whole.lines
+    told = [{k: v for k, v in line.items() if k.startswith("validation/")} for line in whole.lines]
+    assert [bool(line) for line in told] == [False, True, False, True, True]
+    assert all(line.keys() == told[-1].keys() and min(line.values()) >= 0 for line in told if line)
+    assert told[1]["validation/medusa/loss"] != told[3]["validation/medusa/loss"]
+    rest = [{k: v for k, v in line.items() if not k.startswith("validation/")} for line in whole.lines]
+    assert rest == plain.lines
+
+
 class Noisy(Medusa):
     """With randomness in its loss."""
 

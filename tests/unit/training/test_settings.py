@@ -34,7 +34,7 @@ def test_bad_trainer(settings: dict[str, Any], says: str) -> None:
     [(1.0, 10, 4, 3), (1.0, 12, 4, 3), (2.0, 10, 4, 5), (0.5, 12, 4, 2), (0.01, 10, 4, 1), (3.0, 1, 8, 1)],
 )
 def test_steps_of_epochs(epochs: float, packs: int, per_step: int, want: int) -> None:
-    assert TrainerConfig(epochs=epochs).steps(packs, per_step) == want
+    assert TrainerConfig(epochs=epochs).steps(epochs * packs, per_step) == want
 
 
 def test_max_steps_is_max_steps() -> None:

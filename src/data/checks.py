@@ -1,0 +1,393 @@
+"""What the doctor looks for in rows: each check is a function of rows and a tokenizer, each finding has a cure.
+
+Thresholds are judgement, not theory; they are named here, and the report prints the measured value beside them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from draftsmith.data import chat
+from draftsmith.data.chat import ChatConfig
+from draftsmith.data.records import Message
+from draftsmith.data.rows import Row, Rows, check_origin
+from draftsmith.data.settings import DataConfig
+from draftsmith.errors import DataError, DraftsmithError
+
+if TYPE_CHECKING:
+    from draftsmith.contracts import BaseSpec
+
+ERROR, WARNING, NOTE = "error", "warning", "note"
+EDGES = 0.02  # share of assistant turns whose first or last learned token may be out of place
+REPEATED = 0.01  # share of rows that an earlier row equals
+CUT = 0.2  # share of rows whose last answer has no end
+LOOPING = 0.5  # share of an answer's 4-grams that are new, below which it goes round in circles
+LOOPERS = 0.05  # share of such answers
+GAP = 0.35  # nats per token by which answers may be less likely than the base's own samples would be
+THINK = ("<think>", "</think>", "[THINK]", "[/THINK]")
+PROBE: list[Message] = [{"role": "user", "content": "?"}]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """name: stable, for scripts. value: what was measured. fix: what to do about it."""
+
+    name: str
+    severity: str  # error | warning | note
+    what: str
+    fix: str
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The rows looked at. said: their text, if it is known."""
+
+    rows: Rows
+    tokenizer: Any
+    eos_ids: frozenset[int]
+    spec: BaseSpec
+    config: DataConfig
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+
+def turns(row: Row) -> list[tuple[int, int]]:
+    """(begin, end) of each run of learned tokens."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(row.mask, np.int8), [0]])))
+    return [(int(b), int(e)) for b, e in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def inspect(sample: Sample) -> list[Finding]:
+    """Every check of this file on a sample of rows, worst first."""
+    found = [f for check in CHECKS for f in check(sample)]
+    return sorted(found, key=lambda f: (ERROR, WARNING, NOTE).index(f.severity))
+
+
+def _learned(s: Sample) -> Iterator[Finding]:
+    learns_N = s.rows.learns()
+    none = int((~learns_N).sum())
+    if none:
+        yield Finding(
+            "nothing_to_learn",
+            ERROR if none == len(s.rows) else WARNING,
+            f"{none} of {len(s.rows)} rows have no token to learn",
+            "see where their masks come from; such rows are left out of training",
+            none,
+        )
+    share = _share(s.rows)
+    if s.config.loss_on == "assistant" and share > 0.98:
+        yield Finding(
+            "all_learned",
+            ERROR,
+            f"the mask selects {share:.0%} of all tokens: prompts are learned as if the base had said them",
+            "mask the prompts, or say data.loss_on=all if that is meant",
+            round(share, 4),
+        )
+
+
+def _share(rows: Rows) -> float:
+    """Learned tokens, of all."""
+    return float(rows.counts(0)[:, 0].sum() / max(1, rows.lengths_N.sum()))
+
+
+def _edges(s: Sample) -> Iterator[Finding]:
+    """Does every assistant turn begin where the template lets the assistant begin, and end with its end token?"""
+    opening = _opening(s)
+    if opening:
+        yield from _begins(s, opening)
+    ends: Counter[str] = Counter()
+    for row in s:
+        for begin, end in turns(row):
+            last, after = int(row.ids[end - 1]), int(row.ids[end]) if end < len(row.ids) else -1
+            if last in s.eos_ids:
+                ends["right"] += 1
+            elif after in s.eos_ids:
+                ends["early"] += 1
+            elif end - begin > 1 and int(row.ids[end - 2]) in s.eos_ids:
+                ends["late"] += 1
+    total = sum(ends.values())
+    for how, text in (("early", "ends one token before its end-of-turn token"), ("late", "ends one token too late")):
+        if total and ends[how] / total > EDGES:
+            yield Finding(
+                f"mask_ends_{how}",
+                ERROR,
+                f"in {ends[how]} of {total} assistant turns the mask {text}",
+                "mend the masks: the end-of-turn token is the last one that the base itself says",
+                ends[how],
+            )
+
+
+def _begins(s: Sample, opening: list[int]) -> Iterator[Finding]:
+    """opening: the ids that the template writes last before the assistant begins."""
+    begins: Counter[str] = Counter()
+    n = len(opening)
+    for row in s:
+        ids = [int(i) for i in row.ids]
+        for begin, _ in turns(row):
+            where = {shift: ids[max(0, begin + shift - n) : begin + shift] == opening for shift in (0, 1, -1)}
+            begins[next((name for name, at in (("right", 0), ("early", 1), ("late", -1)) if where[at]), "other")] += 1
+    total = sum(begins.values())
+    for how, text in (("early", "begins one token too early"), ("late", "begins one token too late")):
+        if total and begins[how] / total > EDGES:
+            yield Finding(
+                f"mask_begins_{how}",
+                ERROR,
+                f"in {begins[how]} of {total} assistant turns the mask {text}",
+                "mend the masks: the first learned token is the first one after the generation prompt",
+                begins[how],
+            )
+    if total and begins["other"] / total > EDGES:
+        yield Finding(
+            "foreign_template",
+            WARNING,
+            f"{begins['other']} of {total} assistant turns do not follow this template's generation prompt",
+            "rows were written with another chat template; encode or distil them with this base",
+            begins["other"],
+        )
+
+
+def _opening(s: Sample) -> list[int]:
+    """The last ids before the assistant begins: where two chats opened with different words agree. [] for a
+    tokenizer without a chat template and for rows that are no chats."""
+    said = list(_said(s))
+    if not s.tokenizer.chat_template or (said and not any("messages" in x for x in said)):
+        return []
+    try:
+        opened = chat.prompt_ids(s.tokenizer, PROBE, "doctor", s.config.chat)
+        other = chat.prompt_ids(s.tokenizer, [{"role": "user", "content": "!?!"}], "doctor", s.config.chat)
+    except DraftsmithError:
+        return []
+    same = 0
+    while same < min(len(opened), len(other)) and opened[-1 - same] == other[-1 - same]:
+        same += 1
+    return opened[len(opened) - min(same, 3) :]
+
+
+def repeats(rows: Rows) -> Iterator[Finding]:
+    seen = {row.ids.tobytes() for row in rows}  # type: ignore[attr-defined]
+    extra = len(rows) - len(seen)
+    if extra / max(1, len(rows)) > REPEATED:
+        yield Finding(
+            "repeated",
+            WARNING,
+            f"{extra} of {len(rows)} rows equal an earlier one",
+            "set data.repeats=drop, or take them out",
+            extra,
+        )
+
+
+def _long(s: Sample) -> Iterator[Finding]:
+    room = min(s.config.length, s.spec.max_positions)
+    over = int((s.rows.lengths_N > room).sum())
+    if over:
+        limit = f"data.length={room}" if room == s.config.length else f"the base's context of {room}"
+        yield Finding(
+            "too_long",
+            ERROR if s.config.long_rows == "error" else WARNING,
+            f"{over} of {len(s.rows)} rows are longer than {limit}, the longest {int(s.rows.lengths_N.max())} tokens",
+            "raise data.length, or set data.long_rows=truncate or drop",
+            over,
+        )
+
+
+def _unfinished(s: Sample) -> Iterator[Finding]:
+    if not s.eos_ids or s.config.loss_on == "all":
+        return
+    open_rows = sum(1 for row in s if turns(row) and int(row.ids[turns(row)[-1][1] - 1]) not in s.eos_ids)
+    share = open_rows / max(1, len(s.rows))
+    if share > CUT:
+        yield Finding(
+            "unfinished",
+            WARNING,
+            f"{open_rows} of {len(s.rows)} rows end without an end token ({share:.0%})",
+            "raise data.generation.max_new_tokens, or look at how the answers were cut",
+            open_rows,
+        )
+
+
+def _leaks(s: Sample) -> Iterator[Finding]:
+    """Control ids inside an answer: two turns in one mask, or control tokens that somebody typed."""
+    control = set(getattr(s.tokenizer, "all_special_ids", [])) | set(s.eos_ids)
+    inside = sum(any(int(i) in control for i in row.ids[b : e - 1]) for row in s for b, e in turns(row))
+    total = sum(len(turns(row)) for row in s)
+    if inside and inside / max(1, total) > EDGES and s.config.loss_on == "assistant":
+        yield Finding(
+            "control_in_answer",
+            ERROR,
+            f"{inside} of {total} answers have a control token in their middle",
+            "look at the masks (two turns in one?) and at data.chat.control_tokens",
+            inside,
+        )
+    typed = [str(t) for t in getattr(s.tokenizer, "all_special_tokens", [])]
+    loose = sum(any(t and t in json.dumps(_contents(said), ensure_ascii=False) for t in typed) for said in _said(s))
+    if loose:
+        severity = WARNING if s.config.chat.control_tokens else NOTE
+        yield Finding(
+            "typed_control",
+            severity,
+            f"{loose} rows have control tokens typed in their text",
+            "they become control ids: set data.chat.control_tokens=false"
+            if s.config.chat.control_tokens
+            else "nothing: they stay text",
+            loose,
+        )
+
+
+def _said(s: Sample) -> Iterator[dict[str, Any]]:
+    return (json.loads(text) for text in s.rows.text("said") if text)
+
+
+def _contents(said: Mapping[str, Any]) -> list[str]:
+    return [str(m.get("content", "")) for m in said.get("messages", [])]
+
+
+def _thinking(s: Sample) -> Iterator[Finding]:
+    thinks = total = 0
+    for row in s:
+        for begin, end in turns(row):
+            total += 1
+            text = s.tokenizer.decode([int(i) for i in row.ids[begin:end]], skip_special_tokens=False)
+            head, _, rest = text.partition(THINK[1])
+            thinks += bool(rest and head.replace(THINK[0], "").strip()) or THINK[2] in text
+    if total and 0.02 < thinks / total < 0.98:
+        yield Finding(
+            "mixed_thinking",
+            WARNING,
+            f"{thinks} of {total} answers think aloud, the others do not",
+            "split the rows by it: the served template does one or the other",
+            thinks,
+        )
+
+
+def _loops(s: Sample) -> Iterator[Finding]:
+    shares = [distinct(list(row.ids[begin:end])) for row in s for begin, end in turns(row) if end - begin >= 24]
+    looping = sum(share < LOOPING for share in shares)
+    if shares and looping / len(shares) > LOOPERS:
+        yield Finding(
+            "looping",
+            WARNING,
+            f"{looping} of {len(shares)} longer answers go round in circles (fewer than {LOOPING:.0%} new 4-grams)",
+            "sample with a temperature, or take them out: a head learns the loop and nothing else",
+            looping,
+        )
+
+
+def distinct(ids: Sequence[int], n: int = 4) -> float:
+    """Share of the n-grams that did not occur before in the same text."""
+    grams = [tuple(int(t) for t in ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def _few(s: Sample) -> Iterator[Finding]:
+    if len(s.rows) < 200:
+        yield Finding("few", NOTE, f"only {len(s.rows)} rows", "a head wants some thousand", len(s.rows))
+
+
+CHECKS: tuple[Callable[[Sample], Iterator[Finding]], ...] = (
+    _learned,
+    _edges,
+    lambda s: repeats(s.rows),
+    _long,
+    _unfinished,
+    _leaks,
+    _thinking,
+    _loops,
+    _few,
+)
+
+
+def refusals(reasons: Mapping[str, int], taken: int, on_bad: str, where: str) -> Iterator[Finding]:
+    """Rows that could not be read or encoded, by reason."""
+    for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1]):
+        yield Finding(
+            f"row_{reason}",
+            ERROR if on_bad == "error" or count == taken else WARNING,
+            f"{count} of {taken} rows do not fit: {reason}; the first: {where}",
+            "mend them, or set data.on_bad=skip to leave them out",
+            count,
+        )
+
+
+def thinking_choice(tokenizer: Any, config: ChatConfig) -> Iterator[Finding]:
+    if tokenizer.chat_template and chat.can_think(tokenizer) and config.thinking is None:
+        yield Finding(
+            "thinking_unsaid",
+            ERROR,
+            "the chat template can think, and nobody said whether it does",
+            "say data.chat.thinking=true or false, as the server will",
+        )
+
+
+def origin(facts: Mapping[str, Any], spec: BaseSpec, folder: Path) -> Iterator[Finding]:
+    """Were the rows of a folder written with this base's tokenizer and chat template?"""
+    try:
+        check_origin(facts, spec, folder)
+    except DataError as e:
+        yield Finding("other_base", ERROR, str(e), "distil or encode them again with this base")
+
+
+def overlap(rows: Rows, measured: Rows) -> Iterator[Finding]:
+    shared = {*rows.text("asked")} & {*measured.text("asked")} - {""}
+    if shared:
+        yield Finding(
+            "overlap",
+            ERROR,
+            f"{len(shared)} questions are in the training and in the validation rows",
+            "take them out of one side, or use data.validation.share, which splits by question",
+            len(shared),
+        )
+
+
+def off_policy(score: Mapping[str, float]) -> Iterator[Finding]:
+    """score: of `measure.own_words`."""
+    if score["nll"] - score["entropy"] > GAP:
+        yield Finding(
+            "off_policy",
+            WARNING,
+            f"the answers are not this base's own: {score['nll']:.2f} nats per token, where its own samples would"
+            f" have {score['entropy']:.2f}; it agrees with {score['agreement']:.0%} of the tokens"
+            f" (expected of its samples {score['expected']:.0%}, of greedy text 100%)",
+            "let the base answer the prompts itself: draftsmith distill",
+            round(score["nll"] - score["entropy"], 3),
+        )
+
+
+def lengths(rows: Rows) -> dict[str, Any]:
+    """Quantiles of row, prompt and answer lengths, in tokens."""
+    answers = [end - begin for row in rows for begin, end in turns(row)]
+    prompts = [turns(row)[0][0] for row in rows if turns(row)]
+    told: dict[str, Any] = {}
+    for name, values in (("rows", rows.lengths_N), ("prompts", prompts), ("answers", answers)):
+        if len(values):
+            told[name] = {f"p{q}": int(np.percentile(values, q)) for q in (0, 10, 50, 90, 99, 100)}
+    histogram, edges = np.histogram(rows.lengths_N, bins=12)
+    told["histogram"] = [[int(a), int(n)] for a, n in zip(edges[:-1], histogram, strict=True)]
+    return told
+
+
+def shown(s: Sample, count: int) -> list[dict[str, Any]]:
+    """Some rows for people to look at: (token text, learned, first or last of its turn), token by token."""
+    told = []
+    for row in [s.rows[i] for i in range(min(count, len(s.rows)))]:
+        edges = {begin for begin, _ in turns(row)} | {end - 1 for _, end in turns(row)}
+        pieces = [s.tokenizer.decode([int(i)], skip_special_tokens=False) for i in row.ids]
+        told.append(
+            {
+                "source": row.source,
+                "tokens": [[p, int(m), int(i in edges)] for i, (p, m) in enumerate(zip(pieces, row.mask, strict=True))],
+            }
+        )
+    return told
+
+
+def plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    return [asdict(f) for f in findings]

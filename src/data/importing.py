@@ -1,0 +1,225 @@
+"""From sources to a folder of rows, and from a folder of rows to what a run trains on.
+
+Training reads nothing but folders of rows: any other source is encoded into one first, with this base's tokenizer
+and chat template. What does not fit is quarantined, counted and told.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from draftsmith import artifacts
+from draftsmith.data import chat
+from draftsmith.data.funnel import Funnel, intake, table
+from draftsmith.data.journal import QUARANTINE
+from draftsmith.data.records import Record
+from draftsmith.data.rows import Row, Rows, shard_name, shards, to_table, verified, write_shard
+from draftsmith.data.settings import DataConfig
+from draftsmith.data.sources import SourceConfig
+from draftsmith.errors import DataError, RowError
+
+if TYPE_CHECKING:
+    from draftsmith.contracts import BaseSpec
+
+BUCKETS = 1 << 32  # of the hash that splits validation from training
+
+
+class Base(Protocol):
+    """What encoding needs of a base: no weights."""
+
+    @property
+    def spec(self) -> BaseSpec: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+
+def import_rows(
+    folder: Path, sources: Mapping[str, SourceConfig], config: DataConfig, base: Base, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Encodes every record of the sources into `folder`, published whole; returns the funnel's facts."""
+    for source in sources.values():
+        _check_rows(source, base.spec)
+    with Funnel(folder.with_name(f"{folder.name}.quarantine.jsonl")) as funnel:
+        with artifacts.publish(folder, kind="rows", funnel=(told := {}), **facts) as temporary:
+            for number, some in enumerate(shards(_encoded(intake(sources, funnel), config, base, funnel))):
+                write_shard(temporary / shard_name(number), to_table(some))
+            funnel.flush()
+            funnel.settle(config.on_bad)
+            told.update(funnel.facts)
+            (temporary / QUARANTINE).write_bytes(funnel.path.read_bytes())
+    funnel.path.unlink()
+    return funnel.facts
+
+
+def _check_rows(source: SourceConfig, spec: BaseSpec) -> None:
+    """A source that is a folder of rows holds ids of this base's tokenizer, or DataError."""
+    folder = Path(source.path or "")
+    if source.path and artifacts.is_complete(folder):
+        facts = artifacts.read_json(folder / artifacts.MANIFEST)
+        if isinstance(facts, dict) and facts.get("kind") == "rows":
+            verified(folder, spec)
+
+
+def _encoded(records: Iterable[Record], config: DataConfig, base: Base, funnel: Funnel) -> Iterator[Row]:
+    seen: Counter[str] = Counter()
+    for record in records:
+        try:
+            row = row_of(record, config, base, seen[record.content])
+        except RowError as e:
+            funnel.refuse(e, said(record))
+            continue
+        yield row
+        seen[record.content] += 1
+
+
+def row_of(record: Record, config: DataConfig, base: Base, occurrence: int) -> Row:
+    """The record as a row; RowError for what cannot be learned from."""
+    ids, mask = encode(record, config, base)
+    return Row(
+        id=f"{record.content[:16]}-{occurrence}",
+        ids=ids,
+        mask=mask,
+        source=record.where,
+        part=record.source,
+        asked=record.asked,
+        said=json.dumps(said(record), ensure_ascii=False),
+    )
+
+
+def encode(record: Record, config: DataConfig, base: Base) -> tuple[list[int], list[int]]:
+    """(ids, mask) of a record. RowError for what cannot be learned from."""
+    where, tokenizer = record.where, base.tokenizer
+    if record.ids:
+        ids, mask = list(record.ids), list(record.mask)
+    elif record.messages:
+        done = chat.encode(tokenizer, record.messages, where, config.chat, tools=record.tools, eos_ids=base.eos_ids)
+        ids, mask = done.ids, done.mask
+    elif record.completion is not None:
+        done = chat.completion(tokenizer, record.prompt, record.completion, where, eos_ids=base.eos_ids)
+        ids, mask = done.ids, done.mask
+    elif record.text:
+        if config.loss_on != "all":
+            raise RowError(where, "loss_on", "plain text has no assistant; set data.loss_on=all")
+        ids = chat.text_ids(tokenizer, record.text)
+        mask = [1] * len(ids)
+    else:
+        raise RowError(where, "no_answer", "a prompt without an answer; let the base answer it with draftsmith distill")
+    outside = [i for i in (min(ids, default=0), max(ids, default=0)) if not 0 <= i < base.spec.vocab_size]
+    if outside:
+        raise RowError(where, "ids", f"token id {outside[0]} outside the base's vocabulary of {base.spec.vocab_size}")
+    return ids, mask
+
+
+def said(record: Record) -> dict[str, Any]:
+    """The text of a record, as rows keep it."""
+    if record.messages:
+        return {"messages": list(record.messages)}
+    if record.prompt:
+        return {"prompt": record.prompt, "completion": record.completion}
+    return {"text": record.text} if record.text else {}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a run trains on and what it only measures. weights_N: how often each training row is seen per epoch."""
+
+    training: Rows
+    validation: Rows
+    weights_N: np.ndarray
+    funnel: dict[str, Any]
+
+
+def choose(rows: Rows, config: DataConfig, spec: BaseSpec, held: Rows | None = None) -> Chosen:
+    """Applies data.loss_on, turns, repeats, long_rows and validation to the rows of a folder.
+
+    held: the rows of validation.path. DataError if no row with a token to learn from is left, or if a question of
+    the validation rows is trained on.
+    """
+    taken, reasons = len(rows), Counter[str]()
+    rows = _fitted(rows, config, spec, reasons)
+    measured = _fitted(held, config, spec, Counter()) if held is not None else None
+    if not len(rows):
+        funnel = {"in": taken, "kept": 0, "quarantined": dict(reasons)}
+        raise DataError(
+            f"no row left with a token to learn from (0 of {taken} rows left: {table(funnel)});"
+            " see data.long_rows and data.loss_on"
+        )
+    if measured is not None and not len(measured):
+        raise DataError(f"data.validation.path: no row left with a token to measure (0 of {len(held or ())} rows left)")
+    asked = np.array(rows.text("asked"), dtype=object)
+    if measured is None:
+        aside_N = np.array([_bucket(a, i) < config.validation.share for i, a in enumerate(asked)], dtype=bool)
+        rows, measured = rows.select(~aside_N), rows.select(aside_N)
+        if config.validation.share and not (len(rows) and len(measured)):
+            raise DataError(
+                f"data.validation.share={config.validation.share}: {len(rows)} rows left to train on and"
+                f" {len(measured)} to measure; give more rows or another share"
+            )
+    leaked = sorted({*rows.text("asked")} & {*measured.text("asked")} - {""})
+    if leaked:
+        at = rows.text("asked").index(leaked[0])
+        raise DataError(
+            f"data.validation: {len(leaked)} of its questions are trained on too, such as that of"
+            f" {rows[at].source}; take them out of one side, or use data.validation.share"
+        )
+    weights = {name: source.weight for name, source in config.chosen.items()}
+    weights_N = np.array([weights.get(part, 1.0) for part in rows.text("part")])
+    funnel = {"in": taken, "kept": len(rows), "validation": len(measured), "quarantined": dict(reasons)}
+    return Chosen(rows, measured, weights_N, funnel)
+
+
+def _bucket(asked: str, i: int) -> float:
+    """A number in [0, 1) that equal questions share."""
+    return int(artifacts.fingerprint(["validation", asked or i])[:8], 16) / BUCKETS
+
+
+def _fitted(rows: Rows, config: DataConfig, spec: BaseSpec, reasons: Counter[str]) -> Rows:
+    """The rows as data.loss_on, turns, repeats and long_rows want them; what is left out is counted."""
+    if config.loss_on == "all":
+        rows = rows.learned(np.ones_like(rows.mask))
+    elif config.turns == "last":
+        rows = rows.learned(last_turns(rows))
+    if config.repeats == "drop":
+        seen = {rows[n].ids.tobytes(): n for n in reversed(range(len(rows)))}  # type: ignore[attr-defined]
+        reasons["repeated"] += len(rows) - len(seen)
+        rows = rows.select(np.array(sorted(seen.values()), dtype=np.int64))
+    room = min(config.length, spec.max_positions)
+    long_N = rows.lengths_N > room
+    if long_N.any() and config.long_rows == "error":
+        n = int(np.flatnonzero(long_N)[0])
+        limit = f"data.length={room}; raise it or" if room == config.length else f"the base's context of {room};"
+        raise DataError(
+            f"{rows[n].source}: {rows.lengths_N[n]} tokens do not fit {limit} set data.long_rows=truncate or drop"
+            f" ({int(long_N.sum())} of {len(rows)} rows)"
+        )
+    if config.long_rows == "drop":
+        reasons["too_long"] += int(long_N.sum())
+        rows = rows.select(~long_N)
+    else:
+        rows = rows.truncated(room)
+    learns_N = rows.learns()
+    reasons["nothing_to_learn"] += int((~learns_N).sum())
+    for name in [name for name, n in reasons.items() if not n]:
+        del reasons[name]
+    return rows.select(learns_N)
+
+
+def last_turns(rows: Rows) -> np.ndarray:
+    """The mask with, of every row, only its last run of learned tokens."""
+    mask = np.zeros_like(rows.mask)
+    for begin, end in zip(rows.begins_N, rows.ends_N, strict=True):
+        learned = np.flatnonzero(rows.mask[begin:end])
+        if len(learned):
+            gaps = np.flatnonzero(np.diff(learned) > 1)
+            start = learned[gaps[-1] + 1] if len(gaps) else learned[0]
+            mask[begin + start : begin + learned[-1] + 1] = 1
+    return mask

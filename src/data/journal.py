@@ -1,0 +1,252 @@
+"""A folder of rows in the making: what is finished survives kill -9, and the same command goes on from there.
+
+    asked/                 what is to be answered, written once: records.jsonl, quarantine.jsonl, manifest.json
+    journal/00003.jsonl    answers of a shard that is not full yet: appended, a line per row, tail torn at worst
+    rows-00003.parquet     a full shard, published atomically; its journal is gone then
+    refused/00003.jsonl    the rows of that shard that can never be answered, and why
+    failed-00000.jsonl     what process 0 could not get answered in its last run; tried again in the next
+    manifest.json          written last: every row is out or in quarantine.jsonl
+
+A shard's rows are fixed by their place in `asked`, and process r of w owns every w-th shard, so nothing about who
+did what is saved, and the number of processes may change between runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from draftsmith import artifacts
+from draftsmith.data.records import Record
+from draftsmith.data.rows import Row, shard_name, to_table, write_shard
+from draftsmith.errors import DataError, RowError
+
+ASKED, RECORDS, QUARANTINE = "asked", "records.jsonl", "quarantine.jsonl"
+Item = tuple[str, Record]  # key (content hash and occurrence), what is asked
+
+
+def keyed(records: Iterable[Record]) -> list[Item]:
+    """Every record under `<hash of what is asked>-<occurrence>`: equal ones stay apart, and none is lost."""
+    seen: Counter[str] = Counter()
+    items = []
+    for record in records:
+        name = record.asked[:16]
+        items.append((f"{name}-{seen[name]}", record))
+        seen[name] += 1
+    return items
+
+
+def publish_asked(out: Path, records: Iterable[Record], quarantine: Path | None, **facts: Any) -> None:
+    """Writes out/asked: from now on the job is these records, whatever becomes of their source."""
+    with artifacts.publish(out / ASKED, kind="asked", **facts) as temporary:
+        with open(temporary / RECORDS, "w") as f:
+            for key, record in keyed(records):
+                f.write(json.dumps({"key": key, **_plain(record)}, ensure_ascii=False) + "\n")
+        if quarantine is not None and quarantine.exists():
+            shutil.copyfile(quarantine, temporary / QUARANTINE)
+        else:
+            (temporary / QUARANTINE).touch()
+
+
+def read_asked(out: Path) -> list[Item]:
+    """The records of a job, in their order."""
+    facts = artifacts.verify(out / ASKED)
+    assert RECORDS in facts["files"]
+    items = []
+    with open(out / ASKED / RECORDS) as f:
+        for line in f:
+            value = json.loads(line)
+            key = value.pop("key")
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+            items.append((key, Record(**fields)))
+    return items
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    return {k: v for k, v in vars(record).items() if v not in ((), "", None)}
+
+
+class Shard:
+    """Some consecutive items of a job. settle() or refuse() each key once; publish() when none is missing."""
+
+    def __init__(self, out: Path, number: int, items: Sequence[Item]) -> None:
+        self.out, self.number, self.items = out, number, items
+        self.path = out / shard_name(number)
+        self.journal = out / "journal" / f"{number:05d}.jsonl"
+        self.rows: dict[str, list[Row]] = {}
+        self.refused: dict[str, dict[str, Any]] = {}
+        self._file: Any = None
+        self._whole = 0  # bytes of the journal that are whole lines
+
+    @property
+    def missing(self) -> list[Item]:
+        return [(k, r) for k, r in self.items if k not in self.rows and k not in self.refused]
+
+    def open(self) -> Shard:
+        """Reads what an earlier run left in the journal, and cuts a tail that a kill tore."""
+        with artifacts.disk(self.journal, "the journal"):
+            self.journal.parent.mkdir(parents=True, exist_ok=True)
+            # unbuffered: a buffer that the disk refused would be written again on closing
+            self._file = open(self.journal, "ab+", buffering=0)  # noqa: SIM115 (closed by publish or close)
+            self._whole = 0
+            for line in self.journal.read_bytes().split(b"\n")[:-1]:
+                if not self._remember(line):
+                    break
+                self._whole += len(line) + 1
+            self._file.truncate(self._whole)
+        return self
+
+    def settle(self, key: str, rows: Sequence[Row]) -> None:
+        """These are the rows of `key`: on disk when this returns."""
+        self._append({"key": key, "rows": [dataclasses.asdict(r) for r in rows]})
+
+    def refuse(self, key: str, why: RowError) -> None:
+        """`key` can never be answered."""
+        self._append({"key": key, "refused": {"where": why.where, "reason": why.reason, "detail": why.detail}})
+
+    def publish(self) -> None:
+        """The shard under its final name; rows in the order of the items, so the same rows are the same bytes."""
+        assert not self.missing, f"shard {self.number}: {len(self.missing)} rows are missing"
+        refused = [self.refused[key] for key, _ in self.items if key in self.refused]
+        listed = self.out / "refused" / f"{self.number:05d}.jsonl"
+        with artifacts.disk(listed, "a shard"):
+            listed.parent.mkdir(parents=True, exist_ok=True)
+            write_lines(listed, refused)
+        write_shard(self.path, to_table([row for key, _ in self.items for row in self.rows.get(key, [])]))
+        self.close()
+        self.journal.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Lets go of the journal and of what it holds; open() reads it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self.rows, self.refused = {}, {}
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        with artifacts.disk(self.journal, "the journal"):
+            try:
+                if self._file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fdatasync(self._file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):  # half a line would spoil those that follow it
+                    self._file.truncate(self._whole)
+                raise
+        self._whole += len(line)
+        assert self._remember(line)
+
+    def _remember(self, line: bytes) -> bool:
+        try:
+            entry = json.loads(line)
+            if "refused" in entry:
+                self.refused[entry["key"]] = {"key": entry["key"], **entry["refused"]}
+            else:
+                self.rows[entry["key"]] = [Row(**row) for row in entry["rows"]]
+        except (ValueError, KeyError, TypeError):
+            return False
+        return True
+
+
+class Job:
+    """The shards of `out`, of which this process does every world-th that is not published yet."""
+
+    def __init__(self, out: Path, shard_rows: int, *, rank: int = 0, world: int = 1) -> None:
+        self.out, self.rank, self.world = out, rank, world
+        self.items = read_asked(out)
+        cuts = range(0, max(1, len(self.items)), shard_rows)
+        self.shards = [Shard(out, n, self.items[at : at + shard_rows]) for n, at in enumerate(cuts)]
+        self.failed: dict[str, str] = {}
+
+    def todo(self) -> Iterator[Shard]:
+        """This process's open shards, journals read."""
+        for shard in self.shards[self.rank :: self.world]:
+            if not shard.path.exists():
+                yield shard.open()
+
+    def fail(self, key: str, why: str) -> None:
+        """`key` got no answer this time; its shard stays open for the next run."""
+        self.failed[key] = why
+
+    def tell_failed(self) -> Path:
+        """failed-<rank>.jsonl: what this run could not get answered."""
+        path = self.out / f"failed-{self.rank:05d}.jsonl"
+        wheres = {key: record.where for key, record in self.items}
+        if self.failed:
+            write_lines(path, [{"key": k, "where": wheres[k], "why": why} for k, why in self.failed.items()])
+        else:
+            path.unlink(missing_ok=True)
+        return path
+
+    def seal(self, **facts: Any) -> bool:
+        """Marks the folder complete once every process's shards are there; False before. Whichever process is
+        last does it. DataError unless the rows and the quarantine are, together, exactly what was asked."""
+        with artifacts.disk(self.out, "a lock"), open(self.out / ".seal.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if artifacts.is_complete(self.out):
+                return True
+            if not all(shard.path.exists() for shard in self.shards):
+                return False
+            refused = [line for s in self.shards for line in _lines(self.out / "refused" / f"{s.number:05d}.jsonl")]
+            kept, counts = self._checked({line["key"] for line in refused})
+            before = _lines(self.out / ASKED / QUARANTINE)
+            write_lines(self.out / QUARANTINE, [*before, *refused])
+            reasons = Counter(line["reason"] for line in [*before, *refused])
+            funnel = {"in": len(self.items) + len(before), "kept": kept, "quarantined": dict(sorted(reasons.items()))}
+            if not kept:
+                told = ", ".join(f"{reason} {n}" for reason, n in reasons.items())
+                raise DataError(f"{self.out}: 0 of {funnel['in']} rows left ({told}); see {self.out / QUARANTINE}")
+            names = [s.path.name for s in self.shards] + [QUARANTINE, f"{ASKED}/{RECORDS}"]
+            artifacts.seal(self.out, names, kind="rows", funnel=funnel, **counts, **facts)
+        for litter in ("journal", "refused"):
+            shutil.rmtree(self.out / litter, ignore_errors=True)
+        for path in self.out.glob("failed-*.jsonl"):
+            path.unlink(missing_ok=True)
+        return True
+
+    def _checked(self, refused: set[str]) -> tuple[int, dict[str, Any]]:
+        """(conversations kept, counts of rows and tokens); what is out and what was refused is what was asked."""
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        found: Counter[str] = Counter()
+        tokens = learned = 0
+        for shard in self.shards:
+            table = pq.read_table(shard.path, columns=["id", "ids", "mask"])
+            found.update(key for key in table.column("id").to_pylist())
+            tokens += pc.sum(pc.list_value_length(table.column("ids"))).as_py() or 0
+            learned += pc.sum(pc.list_flatten(table.column("mask"))).as_py() or 0
+        conversations = {key.partition("/")[0] for key in found}
+        asked = {key for key, _ in self.items}
+        twice = [key for key, n in found.items() if n > 1]
+        if twice or conversations | refused != asked or conversations & refused:
+            lost, alien = asked - conversations - refused, (conversations | refused) - asked
+            raise DataError(
+                f"{self.out}: {len(lost)} rows lost, {len(twice)} doubled, {len(alien)} never asked for,"
+                f" {len(conversations & refused)} both out and refused; the folder was changed by someone else"
+            )
+        return len(conversations), {"rows": len(found), "tokens": tokens, "learned": learned}
+
+
+def write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    """JSON lines, whole or absent."""
+    with artifacts.disk(path, path.name):
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with open(temporary, "w") as f:
+            f.writelines(json.dumps(v, ensure_ascii=False) + "\n" for v in values)
+        artifacts.replace(temporary, path)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    with open(path) as f:
+        return [json.loads(line) for line in f]

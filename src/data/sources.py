@@ -1,0 +1,253 @@
+"""Where records come from: files, folders, globs and Hugging Face data sets, row by row, named file:row.
+
+JSON lines (also gzipped), JSON arrays, Parquet and Arrow are read here; hub ids and streams go through
+`datasets`. A row that cannot be read is a RowError among the rows; reading goes on after it.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from draftsmith.artifacts import MANIFEST, file_sha256, fingerprint
+from draftsmith.errors import ConfigError, DataError, RowError
+
+LONGEST = 64 * 1024 * 1024  # bytes of one JSON line; longer ones are no chat
+CHUNK = 1024 * 1024  # bytes of a line that is too long, at a time
+SPARE = 64  # levels that a row may be nested deeper where it is read next, and Python still reads it
+KINDS = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".json")  # of a folder, the first kind it has is read
+SHAPES = ("auto", "messages", "sharegpt", "alpaca", "completion", "prompt", "text", "tokens")
+Raw = tuple[str, dict[str, Any] | RowError]  # file:row, and the object there or what is wrong with it
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source: a path (file, folder or glob) or a hub id.
+
+    columns: our name -> the source's, where they differ, such as {messages: dialogue}. weight: how often each of
+    its rows is seen per epoch; 0.5 takes half of them, another half the next time.
+    """
+
+    path: str | None = None
+    hub: str | None = None  # a data set id; or a folder that `datasets` loads
+    name: str | None = None  # the hub's configuration name
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False  # rows are written out as they come, without the hub's whole files
+    shape: str = "auto"  # auto | messages | sharegpt | alpaca | completion | prompt | text | tokens
+    columns: dict[str, str] = field(default_factory=dict)
+    weight: float = 1.0
+    limit: int | None = None  # only so many rows
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.hub is None):
+            raise ConfigError("path, hub: give one of them; files, or a hub id")
+        if self.shape not in SHAPES:
+            raise ConfigError(f"shape='{self.shape}': choose one of {', '.join(SHAPES)}")
+        if not 0 < self.weight < float("inf"):
+            raise ConfigError(f"weight={self.weight}: give a positive number")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit={self.limit}: give at least 1, or null for all")
+
+
+def check(source: SourceConfig) -> None:
+    """DataError if a local source is not there: asked before anything is loaded."""
+    if source.path is not None:
+        files(source.path)
+
+
+def files(path: str) -> list[Path]:
+    """The files behind a path, sorted; a folder gives those of one kind (KINDS), in all its folders."""
+    found = Path(path)
+    if found.is_dir():
+        for kind in KINDS:
+            some = sorted(p for p in found.rglob(f"*{kind}") if _visible(p.relative_to(found)) and p.name != MANIFEST)
+            if some:
+                return some
+        raise DataError(f"{path}: no file in it that is one of {', '.join(KINDS)}")
+    some = [found] if found.is_file() else [Path(p) for p in sorted(glob.glob(path, recursive=True))]
+    some = [p for p in some if p.is_file()]
+    if not some:
+        raise DataError(f"{path}: no such file or folder, and no file matches it")
+    for p in some:
+        if _reader(p) is None:
+            raise DataError(f"{p}: unknown kind of file; sources are {', '.join(KINDS)} (.jsonl for JSON lines)")
+    return some
+
+
+def content_sha256(source: SourceConfig) -> str:
+    """What a source holds, as a hash: of its files' bytes; of a hub id's name and revision."""
+    told: dict[str, Any] = {k: v for k, v in vars(source).items() if k not in ("path", "weight")}
+    if source.path is not None:
+        told["files"] = [file_sha256(p) for p in files(source.path)]
+    return fingerprint(told)
+
+
+def read(source: SourceConfig) -> Iterator[Raw]:
+    """Every row of the source in its order, up to its limit, columns under our names."""
+    rows = _hub(source) if source.hub else (row for p in files(source.path or "") for row in _file(p))
+    for n, (where, value) in enumerate(rows):
+        if n == source.limit:
+            return
+        yield where, _renamed(value, source.columns) if isinstance(value, dict) else value
+
+
+def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    if not columns:
+        return value
+    taken = set(columns.values())
+    kept = {k: v for k, v in value.items() if k not in taken and k not in columns}
+    return {**kept, **{ours: value[theirs] for ours, theirs in columns.items() if theirs in value}}
+
+
+def _visible(path: Path) -> bool:
+    return not any(part.startswith(".") for part in path.parts)
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[Raw]] | None:
+    name = path.name.lower()
+    if name.endswith(".json"):
+        return _json
+    if name.endswith((".parquet", ".arrow")):
+        return _parquet if name.endswith(".parquet") else _arrow
+    return json_lines if name.endswith((".jsonl", ".jsonl.gz", ".ndjson")) else None
+
+
+def _file(path: Path) -> Iterator[Raw]:
+    reader = _reader(path)
+    assert reader is not None
+    return reader(path)
+
+
+def json_lines(path: Path) -> Iterator[Raw]:
+    """(file:row, object) per line; blank lines are no rows. A byte order mark and CR LF are taken as they are
+    meant; anything else that is not one JSON object a line is a RowError."""
+    opened: IO[bytes] = gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")  # type: ignore[assignment]  # noqa: SIM115
+    with opened as f:
+        number = 0
+        while raw := _line(f, path, LONGEST + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(raw) > LONGEST:
+                size = len(raw) + _rest_of_line(f, path)
+                yield where, RowError(where, "too_big", f"a line of {size:,} bytes; more than {LONGEST:,} is no row")
+            elif raw.strip():
+                yield where, _parsed(raw, where, first=number == 1, torn=not raw.endswith(b"\n"))
+
+
+def _line(f: IO[bytes], path: Path, longest: int) -> bytes:
+    try:
+        return f.readline(longest)
+    except (EOFError, OSError, zlib.error) as e:
+        raise DataError(f"{path}: cannot be read, or damaged ({e})") from None
+
+
+def _rest_of_line(f: IO[bytes], path: Path) -> int:
+    size = 0
+    while more := _line(f, path, CHUNK):
+        size += len(more)
+        if more.endswith(b"\n"):
+            break
+    return size
+
+
+def _parsed(raw: bytes, where: str, *, first: bool, torn: bool) -> dict[str, Any] | RowError:
+    try:
+        value = json.loads(raw.decode("utf-8-sig" if first else "utf-8"))
+    except UnicodeDecodeError as e:
+        return RowError(where, "encoding", f"not UTF-8 ({e.reason} at byte {e.start})")
+    except json.JSONDecodeError as e:
+        cut = "; the file ends in the middle of it" if torn else ""
+        return RowError(where, "json", f"not JSON ({e.msg} at column {e.colno}{cut}); mend or delete the line")
+    except ValueError as e:  # a number of thousands of digits
+        return RowError(where, "json", f"not JSON that can be read ({e})")
+    except RecursionError:
+        return RowError(where, "json", "not JSON that anyone wrote (nested too deeply)")
+    return _object(value, where)
+
+
+def _object(value: Any, where: str) -> dict[str, Any] | RowError:
+    if not isinstance(value, dict):
+        return RowError(where, "json", f"a {type(value).__name__}, not an object; one JSON object per row")
+    nested: Any = value
+    for _ in range(SPARE):
+        nested = [nested]
+    try:
+        json.dumps(nested, ensure_ascii=False, default=str).encode()
+    except RecursionError:
+        return RowError(where, "json", "not JSON that anyone wrote (nested too deeply)")
+    except UnicodeEncodeError:
+        return RowError(where, "encoding", "half a surrogate pair, which is no character; mend or delete it")
+    return value
+
+
+def _json(path: Path) -> Iterator[Raw]:
+    """A .json file: one array of objects, or JSON lines under that name."""
+    with open(path, "rb") as f:
+        start = f.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith(b"["):
+        yield from json_lines(path)
+        return
+    try:
+        values = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        yield f"{path}:1", RowError(f"{path}:1", "json", f"not a JSON array ({e})")
+        return
+    for number, value in enumerate(values, start=1):
+        yield f"{path}:{number}", _object(value, f"{path}:{number}")
+
+
+def _parquet(path: Path) -> Iterator[Raw]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
+        yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: not Parquet, or damaged ({e})") from None
+
+
+def _arrow(path: Path) -> Iterator[Raw]:
+    """An Arrow file, or a stream as `datasets` saves it."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as f:
+            try:
+                opened = pa.ipc.open_file(f)
+                batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+            except pa.ArrowInvalid:
+                f.seek(0)
+                batches = iter(pa.ipc.open_stream(f))
+            yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: not Arrow, or damaged ({e})") from None
+
+
+def _numbered(path: Path, values: Iterator[Any]) -> Iterator[Raw]:
+    for number, value in enumerate(values, start=1):
+        yield f"{path}:{number}", _object(value, f"{path}:{number}")
+
+
+def _hub(source: SourceConfig) -> Iterator[Raw]:
+    """A data set through `datasets`; rows are named <id>[<split>]:<row>."""
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError("hub: needs the package `datasets`: pip install 'draftsmith[hub]'") from None
+    try:
+        found = datasets.load_dataset(
+            str(source.hub), source.name, split=source.split, revision=source.revision, streaming=source.streaming
+        )
+        for number, value in enumerate(found, start=1):  # a stream reads the hub's files only here
+            where = f"{source.hub}[{source.split}]:{number}"
+            yield where, _object(dict(value), where)
+    except Exception as e:  # whatever the hub, the network or a builder raises: it names the data set
+        raise DataError(f"hub={source.hub}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}") from None

@@ -1,0 +1,208 @@
+"""draftsmith doctor: the environment, the rows and the base, before anything is spent on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from draftsmith import artifacts, config, prepare, supply
+from draftsmith.data.settings import DataConfig
+from draftsmith.errors import ConfigError, DataError, DraftsmithError
+from draftsmith.reporting.checkup import checkup
+
+if TYPE_CHECKING:
+    from draftsmith.base.lm import BaseLM
+    from draftsmith.data.checks import Finding, Sample
+    from draftsmith.data.rows import Row, Rows
+
+PACKAGES = ("torch", "transformers", "lightning", "pyarrow", "datasets", "deepspeed", "wandb")
+ROOM = 2 * 1024**3  # bytes free below which a run may not end well
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorConfig(prepare.MachineConfig):
+    sample: int = 500  # rows that are encoded and inspected
+    policy_tokens: int = 20_000  # tokens that the base reads to say whether they are its own; 0: none
+    show: int = 1  # rows printed token by token
+    colour: str = "auto"  # auto | always | never
+    out: str | None = None  # the report as JSON
+
+    def __post_init__(self) -> None:
+        if self.sample < 1 or self.policy_tokens < 0 or self.show < 0:
+            raise ConfigError("sample, policy_tokens, show: give at least 1 row to look at, and no negative number")
+        if self.colour not in ("auto", "always", "never"):
+            raise ConfigError(f"colour='{self.colour}': choose auto, always or never")
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Looks at cfg.data with cfg.base and returns the report. DataError, after printing it, if it has errors."""
+    base_config = config.typed(cfg.base, prepare.BaseConfig, "base")
+    data = config.typed(cfg.data, DataConfig, "data")
+    names = [f.name for f in dataclasses.fields(DoctorConfig)]
+    own = config.typed({name: cfg[name] for name in names}, DoctorConfig, "doctor")
+    own.apply()
+    from draftsmith.data import checks
+
+    report: dict[str, Any] = {"environment": environment(own.device)}
+    findings: list[Finding] = list(_surroundings(report["environment"]))
+    base = prepare.load_base(base_config, own.device)
+    findings += checks.thinking_choice(base.tokenizer, data.chat) if base.tokenizer else []
+    try:
+        findings += _data(data, base, own, report)
+    except DraftsmithError as e:
+        findings.append(checks.Finding("data", checks.ERROR, str(e), "see the message"))
+    findings.sort(key=lambda f: (checks.ERROR, checks.WARNING, checks.NOTE).index(f.severity))
+    report["findings"] = checks.plain(findings)
+    coloured = own.colour == "always" or (own.colour == "auto" and sys.stdout.isatty())
+    prepare.say(checkup(report, colour=coloured))
+    if own.out:
+        artifacts.write_json(Path(own.out), report)
+    errors = [f.name for f in findings if f.severity == checks.ERROR]
+    if errors:
+        raise DataError(f"doctor: {len(errors)} errors: {', '.join(errors)}")
+    return report
+
+
+def _data(data: DataConfig, base: BaseLM, own: DoctorConfig, report: dict[str, Any]) -> Iterator[Finding]:
+    from draftsmith.data import checks
+    from draftsmith.data.rows import read_folder
+
+    supply.check(data)
+    if data.prompts is None and data.path and supply.is_rows(data.path):
+        rows, facts = read_folder(Path(data.path))
+        yield from checks.origin(facts, base.spec, Path(data.path))
+        report["funnel"] = {**facts.get("funnel", {"in": len(rows), "kept": len(rows), "quarantined": {}})}
+    else:
+        rows, found = _encoded(data, base, own, report)
+        yield from found
+    if len(rows) > own.sample:
+        rows = rows.select(_spread(len(rows), own.sample))
+    report["funnel"]["looked_at"] = len(rows)
+    if not len(rows):
+        raise DataError("0 rows are left to look at")
+    report["lengths"], report["context"] = checks.lengths(rows), base.spec.max_positions
+    if data.prompts is not None:  # no answers yet: the base will write them
+        yield from checks.repeats(rows)
+        return
+    sample = checks.Sample(rows, base.tokenizer, base.eos_ids, base.spec, data)
+    yield from checks.inspect(sample)
+    measured = supply.measured_rows(data, base)
+    if measured is not None:
+        yield from checks.overlap(rows, read_folder(measured, base.spec)[0])
+    if own.policy_tokens:
+        report["policy"] = _policy(sample, base, own)
+        yield from checks.off_policy(report["policy"])
+    report["learned"] = float(rows.counts(0)[:, 0].sum() / max(1, rows.lengths_N.sum()))
+    report["shown"] = checks.shown(sample, own.show)
+
+
+def _encoded(data: DataConfig, base: BaseLM, own: DoctorConfig, report: dict[str, Any]) -> tuple[Rows, list[Finding]]:
+    """Every row of the sources is read, and own.sample of them, evenly spread, are encoded."""
+    from draftsmith.data import checks, importing, prompts
+    from draftsmith.data.funnel import Funnel, intake
+    from draftsmith.data.rows import Rows
+    from draftsmith.errors import RowError
+
+    with Funnel(Path(os.devnull)) as funnel:
+        if data.chosen:
+            records = list(intake(data.chosen, funnel))
+        else:
+            assert data.prompts is not None
+            records = prompts.make_up(data.prompts)
+            funnel.taken = len(records)
+        rows: list[Row] = []
+        for n in _spread(len(records), own.sample):
+            try:
+                asked = data.prompts is not None
+                rows.append(_asked(records[n], data, base) if asked else importing.row_of(records[n], data, base, 0))
+            except RowError as e:
+                funnel.refuse(e)
+        report["funnel"] = funnel.facts
+        first = str(funnel.first) if funnel.first else ""
+        return Rows.of(rows), list(checks.refusals(funnel.reasons, funnel.taken, data.on_bad, first))
+
+
+def _asked(record: Any, data: DataConfig, base: BaseLM) -> Row:
+    """A prompt as distilling would open it: nothing of it is learned."""
+    from draftsmith.data.generate import Conversation, Setting
+    from draftsmith.data.rows import Row
+
+    setting = Setting(base.tokenizer, base.eos_ids, base.spec.max_positions, data.generation, data.chat)
+    ids = Conversation("doctor", record, setting).ask() or []
+    return Row("", ids, [0] * len(ids), record.where, asked=record.asked)
+
+
+def _spread(n: int, count: int) -> Any:
+    """At most `count` of range(n), evenly spread."""
+    import numpy as np
+
+    return np.unique(np.linspace(0, n - 1, min(n, count)).round().astype(int)) if n else np.array([], dtype=int)
+
+
+def _policy(sample: Sample, base: BaseLM, own: DoctorConfig) -> dict[str, float]:
+    from draftsmith.data.policy import own_words
+
+    length = min(sample.config.length, base.spec.max_positions)
+    rows = sample.rows.truncated(length)
+    few = max(1, int(own.policy_tokens / max(1.0, float(rows.lengths_N.mean()))))
+    return own_words(base, rows.select(_spread(len(rows), few)), length, base.device)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, device, room on the disk, where temporary files go, how runs are tracked."""
+    import torch
+
+    here, temporary = Path.cwd(), Path(tempfile.gettempdir())
+    tracked = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "no key")
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "device": f"{device}, {torch.get_num_threads()} threads"
+        + (f", {torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else ", no GPU"),
+        "disk": f"{shutil.disk_usage(here).free / 1024**3:.1f} GiB free here",
+        "temporary": f"{temporary} ({'the same' if _same_disk(temporary, here) else 'another'} filesystem)",
+        "tracker": f"wandb {tracked}" if importlib.util.find_spec("wandb") else "wandb is not installed",
+    }
+
+
+def _surroundings(told: dict[str, Any]) -> Iterator[Finding]:
+    from draftsmith.data.checks import ERROR, WARNING, Finding
+
+    here = Path.cwd()
+    if shutil.disk_usage(here).free < ROOM:
+        yield Finding("disk", WARNING, f"{told['disk']}", "free some, or run elsewhere")
+    try:
+        with tempfile.NamedTemporaryFile(dir=here):
+            pass
+    except OSError as e:
+        yield Finding("write", ERROR, f"{here} cannot be written: {e.strerror}", "run elsewhere")
+
+
+def _same_disk(a: Path, b: Path) -> bool:
+    return a.stat().st_dev == b.stat().st_dev
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "-"
+
+
+def main() -> None:
+    config.command("doctor", run)
+
+
+if __name__ == "__main__":
+    main()

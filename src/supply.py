@@ -1,0 +1,287 @@
+"""Where a run's rows come from: prompts that the base answers, sources that are encoded, folders of rows as they
+are. What has to be made is made once, under its fingerprint, and kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from draftsmith import artifacts, prepare
+from draftsmith.data import funnel, journal, sources
+from draftsmith.data.prompts import PromptsConfig, make_up
+from draftsmith.data.records import Record
+from draftsmith.data.settings import DataConfig
+from draftsmith.errors import DataError, Interrupted, PeerError
+
+if TYPE_CHECKING:
+    from draftsmith.base.lm import BaseLM, Outline
+    from draftsmith.data.generate import Setting
+
+MAKERS = ("synthetic", "records", "shapes", "sources", "chat", "generate", "importing")  # whose code makes rows
+PATIENCE = 3600.0  # seconds that a process waits for the first one to read the prompts
+
+
+def is_rows(path: str | Path | None) -> bool:
+    """Whether this is a published folder of rows."""
+    folder = Path(path) if path else None
+    if folder is None or not artifacts.is_complete(folder):
+        return False
+    return artifacts.read_json(folder / artifacts.MANIFEST).get("kind") == "rows"
+
+
+def check(data: DataConfig) -> None:
+    """DataError for local sources that are not there, before anything is loaded."""
+    for source in data.chosen.values():
+        if source.path and (Path(source.path) / journal.ASKED).is_dir() and not is_rows(source.path):
+            raise DataError(f"{source.path}: its rows are not complete; start that draftsmith distill again first")
+        if not is_rows(source.path):
+            sources.check(source)
+    if data.validation.path and not Path(data.validation.path).exists():
+        raise DataError(f"{data.validation.path}: no such file or folder; data.validation.path names rows to measure")
+
+
+def content(data: DataConfig) -> dict[str, str | None]:
+    """source -> hash of what it holds."""
+    told = {
+        name: prepare.content_sha256(s.path) if is_rows(s.path) else sources.content_sha256(s)
+        for name, s in data.chosen.items()
+    }
+    if data.validation.path:
+        told["validation"] = artifacts.fingerprint([artifacts.file_sha256(p) for p in _files(data.validation.path)])
+    return told
+
+
+def _files(path: str) -> list[Path]:
+    return [Path(path) / artifacts.MANIFEST] if is_rows(path) else sources.files(path)
+
+
+def collect(prompts: PromptsConfig, exclude: frozenset[str] = frozenset()) -> list[Record]:
+    """The prompts of a configuration, strictly; made-up ones avoid the user turns in `exclude`."""
+    if not prompts.chosen:
+        return make_up(prompts, exclude)
+    refused = Path(os.devnull)
+    with funnel.Funnel(refused) as counted:
+        found = list(funnel.intake(prompts.chosen, counted))
+        if counted.first is not None:
+            raise DataError(f"{counted.first}; {funnel.table(counted.facts)}")
+    return found
+
+
+def asked_of(data: DataConfig) -> list[Record] | None:
+    """What was asked for a run's rows; None where its folder does not say."""
+    if data.prompts is not None and not data.prompts.chosen:
+        return make_up(data.prompts)
+    if data.path and is_rows(data.path):
+        folder = Path(data.path)
+        return [r for _, r in journal.read_asked(folder)] if (folder / journal.ASKED).is_dir() else None
+    if not all(s.path is None or list(_files_if_there(s.path)) for s in data.chosen.values()):
+        return None
+    with funnel.Funnel(Path(os.devnull)) as counted:
+        return list(funnel.intake(data.chosen, counted))
+
+
+def _files_if_there(path: str) -> list[Path]:
+    try:
+        return sources.files(path)
+    except DataError:
+        return []
+
+
+def rows_of(data: DataConfig, base: BaseLM) -> Path:
+    """The folder of rows that this configuration means, made first if it is not there."""
+    if data.path and is_rows(data.path):
+        return Path(data.path)
+    key = {
+        "base": {k: v for k, v in dataclasses.asdict(base.spec).items() if k != "path"},
+        "content": content(data),
+        "prompts": dataclasses.asdict(data.prompts) if data.prompts else None,
+        "chat": dataclasses.asdict(data.chat),
+        "on_bad": data.on_bad,
+        "code": [prepare.source_sha256(f"draftsmith.data.{m}") for m in MAKERS],
+    }
+    if data.prompts is not None:
+        key |= {"weights": base.weights_sha256(), "generation": facts_of(data)["generation"]}
+
+        def make(target: Path) -> None:
+            answer(data, base, target, say=True)
+    else:
+        key |= {"loss_on": data.loss_on}
+
+        def make(target: Path) -> None:
+            _import(data, base, target)
+
+    return prepare.once(prepare.cache_dir() / "rows" / artifacts.fingerprint(key)[:16], make)
+
+
+def measured_rows(data: DataConfig, base: BaseLM) -> Path | None:
+    """The folder of rows of data.validation.path, made first if it is another source."""
+    if data.validation.path is None:
+        return None
+    return rows_of(dataclasses.replace(data, path=data.validation.path, sources={}, prompts=None), base)
+
+
+def _import(data: DataConfig, base: BaseLM, target: Path) -> None:
+    from draftsmith.data import importing
+
+    facts = {"base": dataclasses.asdict(base.spec), "source": content(data), "chat": dataclasses.asdict(data.chat)}
+    told = importing.import_rows(target, data.chosen, data, base, facts)
+    where = f"; see {target / journal.QUARANTINE}" if told["quarantined"] else ""
+    prepare.say(f"read {told['in']:,} rows: {funnel.table(told)}{where}")
+
+
+def facts_of(data: DataConfig) -> dict[str, Any]:
+    """What rows were asked for, as their manifest tells it. (Batch size, urls and paths may change.)"""
+    assert data.prompts is not None
+    made_up = {k: v for k, v in dataclasses.asdict(data.prompts).items() if k not in ("path", "sources")}
+    generation = dataclasses.asdict(data.generation)
+    server = generation.pop("server")
+    generation.pop("batch_size")
+    if data.generation.engine != "base":
+        generation |= {"model": server["model"], "api": server["api"]}
+    return {
+        "source": {**made_up, "content": content(data)},
+        "generation": generation,
+        "chat": dataclasses.asdict(data.chat),
+    }
+
+
+def answer(
+    data: DataConfig,
+    base: BaseLM | Outline,
+    out: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    say: bool = False,
+    batches: Path | None = None,
+) -> bool:
+    """Lets the base answer every prompt, this process its part of them, and publishes the rows in `out` once all
+    are there; a second call goes on where the first one stopped. True once the folder is complete.
+
+    PeerError if rows failed, Interrupted after a signal or while batch files wait for their answers.
+    """
+    from draftsmith.data.generate import Setting
+
+    facts = {"base": dataclasses.asdict(base.spec), **facts_of(data)}
+    _ask(data, out, facts, rank)
+    setting = Setting(base.tokenizer, base.eos_ids, base.spec.max_positions, data.generation, data.chat)
+    job = journal.Job(out, data.generation.shard_rows, rank=rank, world=world)
+    _engine(job, setting, base, out)
+    listed = job.tell_failed()
+    if job.failed:
+        raise PeerError(f"{len(job.failed)} rows failed, see {listed}; the same command asks for them again")
+    if not job.seal(**facts):
+        prepare.say(f"{out}: this process's rows are done; others are at work")
+        return False
+    made = artifacts.read_json(out / artifacts.MANIFEST)
+    told = made["funnel"]
+    prepare.say(f"{made['rows']:,} rows, {made['learned']:,} tokens of the base's own; {funnel.table(told)} -> {out}")
+    return True
+
+
+def _ask(data: DataConfig, out: Path, facts: dict[str, Any], rank: int) -> None:
+    """out/asked, written by the first process from the sources; the others wait for it."""
+    assert data.prompts is not None
+    asked = out / journal.ASKED
+    began = time.monotonic()
+    while rank and not artifacts.is_complete(asked):
+        if time.monotonic() - began > PATIENCE:
+            raise PeerError(f"{asked}: the first process did not write it in {PATIENCE:.0f} s")
+        time.sleep(0.2)
+    if not artifacts.is_complete(asked):
+        if not data.prompts.chosen:
+            journal.publish_asked(out, make_up(data.prompts), None, **facts)
+            return
+        with funnel.Funnel(out / ".intake.jsonl") as counted:
+            records = list(funnel.intake(data.prompts.chosen, counted))
+            if counted.first is not None and data.on_bad == "error":
+                kept = out.with_name(f"{out.name}.quarantine.jsonl")
+                counted.move(kept)
+            counted.settle(data.on_bad)
+            counted.flush()
+            journal.publish_asked(out, records, counted.path, **facts)
+        counted.path.unlink()
+
+
+def _engine(job: journal.Job, setting: Setting, base: Any, out: Path) -> None:
+    engine, config = setting.generation.engine, setting.generation.server
+    open_items = sum(len(s.items) for s in job.shards[job.rank :: job.world] if not s.path.exists())
+    if open_items:
+        prepare.say(f"the base answers {open_items:,} prompts")
+    if engine == "base":
+        from draftsmith.data.generate import answer_shard
+
+        with _progress(open_items) as told:
+            for shard in job.todo():
+                answer_shard(shard, setting, base.answer, told)
+    elif engine == "server":
+        from draftsmith.data.server import answer_job
+
+        answer_job(job, setting, config, _tell_every(open_items))
+    else:
+        from draftsmith.data.openai_batch import exchange
+
+        waiting = exchange(job, setting, config, out / "batches")
+        if waiting is not None:
+            done = waiting.with_name(waiting.name.replace(".in.", ".out."))
+            raise Interrupted(
+                f"{waiting} waits for its answers: vllm run-batch -i {waiting} -o {done} --model"
+                f" {config.model or base.spec.path}; then the same command goes on"
+            )
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Tells at every tenth; a signal stops the work at the next batch's edge, journaled."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked:
+            os._exit(Interrupted.exit_code)
+        asked.append(number)
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)} if _main_thread() else {}
+    done, tell = 0, _tell_every(total)
+
+    def told(n: int) -> None:
+        nonlocal done
+        done += n
+        tell(done, 0)
+        if asked:
+            raise Interrupted(f"stopped by a signal after {done} of {total} prompts; the same command resumes")
+
+    try:
+        yield told
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def _main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def _tell_every(total: int) -> Callable[[int, int], None]:
+    """A line at every tenth of the work."""
+    last, began = [0], time.perf_counter()
+
+    def tell(done: int, failed: int) -> None:
+        tenth = 10 * (done + failed) // max(1, total)
+        if tenth > last[0] and done + failed < total:
+            last[0] = tenth
+            rate = (done + failed) / max(1e-9, time.perf_counter() - began)
+            left = (total - done - failed) / max(1e-9, rate)
+            lost = f", {failed} failed" if failed else ""
+            prepare.say(f"{done:,} of {total:,} prompts answered{lost}  {rate:.1f}/s  {left:.0f} s left")
+
+    return tell

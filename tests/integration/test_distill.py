@@ -1,0 +1,163 @@
+"""draftsmith distill as a user calls it: shards, quarantine, resume, several processes, changed minds."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from draftsmith import config, distill
+from draftsmith.data.rows import read_folder
+from draftsmith.errors import ConfigError, DataError
+from tests.integration.conftest import draftsmith, finish, lines, start
+
+GENERATION = ["data.generation.max_new_tokens=10", "data.generation.batch_size=3", "data.generation.shard_rows=4"]
+
+
+@pytest.fixture(scope="module")
+def folder(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """asked.jsonl: ten questions, two of them equal, and two rows that are none; one/: the rows of one process."""
+    folder = tmp_path_factory.mktemp("distill")
+    chats = [json.loads(line)["messages"] for line in (micro / "chats.jsonl").read_text().splitlines()]
+    rows: list = [{"messages": c[:1]} for c in chats[:8]]
+    rows += [{"messages": chats[0][:1]}, {"prompt": "Once upon a time"}, {"messages": []}, {"x": 1}]
+    lines(folder / "asked.jsonl", rows)
+    answer(micro, folder, f"out={folder / 'one'}")
+    return folder
+
+
+def overrides(micro: Path, folder: Path, *more: str) -> list[str]:
+    base = ["base=hf", f"base.path={micro / 'base'}", "threads=1", "data=prompts"]
+    asked = [f"data.prompts.path={folder / 'asked.jsonl'}", "data.generation.temperature=1", "data.on_bad=skip"]
+    return [*base, *GENERATION, *asked, *more]
+
+
+def answer(micro: Path, folder: Path, *more: str) -> None:
+    """The verb in this process."""
+    distill.run(config.compose("distill", overrides(micro, folder, *more)))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("rows-*.parquet"))}
+
+
+def test_in_is_out_and_quarantined(micro: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, facts = read_folder(folder / "one")
+    assert facts["funnel"] == {"in": 12, "kept": 10, "quarantined": {"messages": 1, "shape": 1}}
+    assert sorted(contents(folder / "one")) == [f"rows-0000{n}.parquet" for n in range(3)]
+    ids = sorted(row.id for row in rows)
+    assert len(set(ids)) == 10
+    assert sum(name.endswith("-1") for name in ids) == 1  # equal questions stay apart
+    bad = [json.loads(line) for line in (folder / "one" / "quarantine.jsonl").read_text().splitlines()]
+    assert [b["where"].rsplit(":")[-1] for b in bad] == ["11", "12"]
+    assert all(row.seed is not None and row.source.startswith(str(folder)) for row in rows)
+    capsys.readouterr()
+    answer(micro, folder, f"out={folder / 'one'}")
+    assert capsys.readouterr().out.strip().endswith("one: already complete")
+
+
+def test_bad_rows_stop_it_unless_told(micro: Path, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"asked\.jsonl:11: .*2 of 12 rows do not fit"):
+        answer(micro, folder, "data.on_bad=error", f"out={tmp_path / 'rows'}")
+    assert len((tmp_path / "rows.quarantine.jsonl").read_text().splitlines()) == 2
+    assert not list((tmp_path / "rows").glob("rows-*"))
+
+
+def test_another_command_does_not_go_on(micro: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "one", tmp_path / "rows")
+    (tmp_path / "rows" / "manifest.json").unlink()  # as if it had been stopped before the end
+    with pytest.raises(ConfigError, match="rows of another generation"):
+        answer(micro, folder, "data.generation.seed=5", f"out={tmp_path / 'rows'}")
+    lines(tmp_path / "asked.jsonl", [{"prompt": "Else"}])
+    with pytest.raises(ConfigError, match="rows of another source"):
+        answer(micro, tmp_path, f"out={tmp_path / 'rows'}")
+
+
+def test_several_processes_make_the_rows_of_one(micro: Path, folder: Path, tmp_path: Path) -> None:
+    """Two at once, told by torchrun's variables; three by Slurm's, one after the other."""
+    call = [sys.executable, "-m", "draftsmith.distill", *overrides(micro, folder, "out=two")]
+    ranks = [start(call, tmp_path, RANK=str(r), WORLD_SIZE="2") for r in (1, 0)]
+    ended = [finish(p) for p in ranks]
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert contents(folder / "one") == contents(tmp_path / "two")
+    for rank in range(3):
+        with pytest.MonkeyPatch.context() as m:
+            m.setenv("SLURM_PROCID", str(rank))
+            m.setenv("SLURM_NTASKS", "3")
+            assert not (tmp_path / "three" / "manifest.json").exists()
+            answer(micro, folder, f"out={tmp_path / 'three'}")
+    assert contents(folder / "one") == contents(tmp_path / "three")
+    assert (tmp_path / "three" / "manifest.json").exists()
+
+
+def test_half_done_by_two_is_finished_by_one(micro: Path, folder: Path, tmp_path: Path) -> None:
+    for rank in (0, 1):
+        with pytest.MonkeyPatch.context() as m:
+            m.setenv("RANK", str(rank))
+            m.setenv("WORLD_SIZE", "3")
+            answer(micro, folder, f"out={tmp_path / 'two'}")
+    assert len(contents(tmp_path / "two")) == 2
+    answer(micro, folder, f"out={tmp_path / 'two'}")
+    assert contents(folder / "one") == contents(tmp_path / "two")
+
+
+def test_a_second_writer_is_refused(micro: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    with open(tmp_path / "rows" / ".lock", "a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 7 on elsewhere")
+        lock.flush()
+        with pytest.raises(ConfigError, match="process 7 on elsewhere"):
+            answer(micro, folder, f"out={tmp_path / 'rows'}")
+
+
+def test_nothing_left_is_no_success(micro: Path, folder: Path, tmp_path: Path) -> None:
+    lines(tmp_path / "asked.jsonl", [{"prompt": "Why? " * 200}])
+    for _ in range(2):  # the second time too
+        with pytest.raises(DataError, match=r"0 of 1 rows left \(too_long 1\)"):
+            answer(micro, tmp_path, f"out={tmp_path / 'rows'}")
+
+
+def test_sources_by_name_and_weight(micro: Path, tmp_path: Path) -> None:
+    """Two sources, one twice as often; what trains reads local rows only."""
+    lines(tmp_path / "a.jsonl", [{"prompt": f"a {i}", "completion": "yes, it is so"} for i in range(6)])
+    lines(tmp_path / "b.jsonl", [{"q": f"b {i}", "a": "no, it is not"} for i in range(4)])
+    named = (
+        "data.sources={a: {path: a.jsonl, weight: 0.5}, b: {path: b.jsonl, weight: 2, columns: {prompt: q,"
+        " completion: a}}}"
+    )
+    command = ["base=hf", f"base.path={micro / 'base'}", "data=jsonl", "data.path=null", named, "data.length=64"]
+    more = ["data.batch_size=1", "trainer.epochs=null", "trainer.max_steps=2", "trainer.threads=1", "run_dir=run"]
+    code, output = draftsmith("train", *command, *more, cwd=tmp_path)
+    assert code == 0, output
+    assert "read 10 rows: all of 10 rows fit" in output
+    assert "10 rows, " in output
+
+
+def test_validation_is_measured_and_never_learned(micro: Path, tmp_path: Path) -> None:
+    command = ["base=hf", f"base.path={micro / 'base'}", "data=jsonl", f"data.path={micro / 'chats.jsonl'}"]
+    command += ["data.length=256", "data.batch_size=2", "data.long_rows=truncate", "trainer.threads=1"]
+    command += ["trainer.epochs=null", "trainer.max_steps=4"]
+    code, output = draftsmith(
+        "train", *command, "data.validation.share=0.3", "data.validation.every=2", "run_dir=run", cwd=tmp_path
+    )
+    assert code == 0, output
+    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [t["step"] for t in told if "validation/medusa/loss" in t] == [2, 4]
+    leak = f"data.validation.path={micro / 'chats.jsonl'}"
+    code, output = draftsmith("train", *command, leak, "run_dir=leaks", cwd=tmp_path)
+    assert code == 3
+    assert "are trained on too" in output
+
+
+def test_shards_are_plain_parquet(folder: Path) -> None:
+    table = pq.read_table(folder / "one" / "rows-00000.parquet")
+    assert {"id", "ids", "mask", "source", "said", "seed", "finish"} <= set(table.column_names)
+    first = table.to_pylist()[0]
+    assert len(first["ids"]) == len(first["mask"])
+    assert json.loads(first["said"])["messages"][-1]["role"] == "assistant"
