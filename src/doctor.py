@@ -32,6 +32,7 @@ ROOM = 2 * 1024**3  # bytes free below which a run may not end well
 
 @dataclasses.dataclass(frozen=True)
 class DoctorConfig(prepare.MachineConfig):
+    read: int = 200_000  # rows read of each source
     sample: int = 500  # rows that are encoded and inspected
     policy_tokens: int = 20_000  # tokens that the base reads to say whether they are its own; 0: none
     show: int = 1  # rows printed token by token
@@ -39,8 +40,8 @@ class DoctorConfig(prepare.MachineConfig):
     out: str | None = None  # the report as JSON
 
     def __post_init__(self) -> None:
-        if self.sample < 1 or self.policy_tokens < 0 or self.show < 0:
-            raise ConfigError("sample, policy_tokens, show: give at least 1 row to look at, and no negative number")
+        if self.read < 1 or self.sample < 1 or self.policy_tokens < 0 or self.show < 0:
+            raise ConfigError("read, sample, policy_tokens, show: at least 1 row to look at, and no negative number")
         if self.colour not in ("auto", "always", "never"):
             raise ConfigError(f"colour='{self.colour}': choose auto, always or never")
 
@@ -116,7 +117,8 @@ def _encoded(data: DataConfig, base: BaseLM, own: DoctorConfig, report: dict[str
 
     with Funnel(Path(os.devnull)) as funnel:
         if data.chosen:
-            records = list(intake(data.chosen, funnel))
+            few = {n: dataclasses.replace(s, limit=min(s.limit or own.read, own.read)) for n, s in data.chosen.items()}
+            records = list(intake(few, funnel))
         else:
             assert data.prompts is not None
             records = prompts.make_up(data.prompts)

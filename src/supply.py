@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from draftsmith import artifacts, prepare
 from draftsmith.data import funnel, journal, sources
@@ -111,7 +111,7 @@ def rows_of(data: DataConfig, base: BaseLM) -> Path:
         key |= {"weights": base.weights_sha256(), "generation": facts_of(data)["generation"]}
 
         def make(target: Path) -> None:
-            answer(data, base, target, say=True)
+            answer(data, base, target)
     else:
         key |= {"loss_on": data.loss_on}
 
@@ -160,8 +160,6 @@ def answer(
     *,
     rank: int = 0,
     world: int = 1,
-    say: bool = False,
-    batches: Path | None = None,
 ) -> bool:
     """Lets the base answer every prompt, this process its part of them, and publishes the rows in `out` once all
     are there; a second call goes on where the first one stopped. True once the folder is complete.
@@ -172,6 +170,8 @@ def answer(
 
     facts = {"base": dataclasses.asdict(base.spec), **facts_of(data)}
     _ask(data, out, facts, rank)
+    if data.generation.engine == "base":
+        facts["weights_sha256"] = cast("BaseLM", base).weights_sha256()
     setting = Setting(base.tokenizer, base.eos_ids, base.spec.max_positions, data.generation, data.chat)
     job = journal.Job(out, data.generation.shard_rows, rank=rank, world=world)
     _engine(job, setting, base, out)

@@ -83,7 +83,12 @@ def rows_for(data: DataConfig, base: BaseLM) -> Chosen:
     from draftsmith.data.funnel import table
     from draftsmith.data.rows import read_folder
 
-    rows, _ = read_folder(supply.rows_of(data, base), base.spec)
+    rows, facts = read_folder(supply.rows_of(data, base), base.spec)
+    if facts.get("weights_sha256", base.weights_sha256()) != base.weights_sha256():
+        prepare.say(
+            f"warning: {data.path}: another base ({facts['base']['path']}) answered these rows; a head learns most"
+            " from its own base's answers: distil them again"
+        )
     measured = supply.measured_rows(data, base)
     held = read_folder(measured, base.spec)[0] if measured else None
     chosen = importing.choose(rows, data, base.spec, held)

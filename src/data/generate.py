@@ -8,6 +8,7 @@ earlier turns (it drops their thoughts, say), every turn is a row of its own, as
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,9 @@ class GenerationConfig:
             raise ConfigError("max_new_tokens, batch_size, shard_rows: give at least 1")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError("temperature, top_p: temperature cannot be negative, top_p lies in (0, 1]")
+        if self.server.api == "auto":  # our own prompt ids where that can be: vllm run-batch takes chats only
+            api = "chat" if self.engine == "batch" else "completions"
+            object.__setattr__(self, "server", dataclasses.replace(self.server, api=api))
         if self.engine == "server" and not self.server.urls:
             raise ConfigError("server.urls: engine=server needs at least one, such as [http://127.0.0.1:8000/v1]")
 
@@ -244,6 +248,7 @@ def answer_shard(shard: Shard, setting: Setting, generate: Generate, told: Calla
             for c in batch:
                 if c.key in todo:
                     shard.refuse(c.key, refused[c.key]) if c.key in refused else shard.settle(c.key, c.rows())
+            shard.sync()
         told(len(batch))
     shard.publish()
 

@@ -106,12 +106,18 @@ class Shard:
         return self
 
     def settle(self, key: str, rows: Sequence[Row]) -> None:
-        """These are the rows of `key`: on disk when this returns."""
+        """These are the rows of `key`: a kill leaves them, a power cut too once sync() returned."""
         self._append({"key": key, "rows": [dataclasses.asdict(r) for r in rows]})
 
     def refuse(self, key: str, why: RowError) -> None:
-        """`key` can never be answered."""
+        """`key` can never be answered; on disk as settle() says."""
         self._append({"key": key, "refused": {"where": why.where, "reason": why.reason, "detail": why.detail}})
+
+    def sync(self) -> None:
+        """What was noted is on the disk when this returns: one call for many rows."""
+        if self._file is not None:
+            with artifacts.disk(self.journal, "the journal"):
+                os.fdatasync(self._file.fileno())
 
     def publish(self) -> None:
         """The shard under its final name; rows in the order of the items, so the same rows are the same bytes."""
@@ -138,7 +144,6 @@ class Shard:
             try:
                 if self._file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fdatasync(self._file.fileno())
             except OSError:
                 with contextlib.suppress(OSError):  # half a line would spoil those that follow it
                     self._file.truncate(self._whole)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -23,8 +24,8 @@ from draftsmith.errors import ConfigError, RowError
 if TYPE_CHECKING:
     from draftsmith.data.generate import Conversation, Setting
 
-APIS = ("completions", "chat")
-PATHS = {"completions": "/completions", "chat": "/chat/completions"}
+APIS = ("auto", "completions", "chat")
+PATHS = {"auto": "/completions", "completions": "/completions", "chat": "/chat/completions"}
 SAID = 200  # characters kept of what a server says
 ENDED = ("stop", "eos_token")  # finish_reason of an answer that ended itself; the second is TGI's
 
@@ -33,7 +34,7 @@ ENDED = ("stop", "eos_token")  # finish_reason of an answer that ended itself; t
 class ServerConfig:
     urls: list[str] = field(default_factory=list)  # each up to and including /v1; conversations are spread over them
     model: str | None = None  # as the server calls it; null: the only one it serves
-    api: str = "completions"  # completions: our own prompt ids are sent; chat: the server renders the template
+    api: str = "auto"  # completions: our own prompt ids are sent; chat: the server renders; auto: see GenerationConfig
     api_key_env: str | None = None  # the NAME of the environment variable that holds the key
     concurrency: int = 16  # conversations in flight, per process
     timeout: float = 600.0  # seconds for one answer, from the first byte sent to the last received
@@ -56,6 +57,18 @@ class ServerConfig:
             raise ConfigError(f"patience={self.patience}: seconds cannot be negative")
         for n, url in enumerate(self.urls):
             _check_url(f"urls[{n}]", url, keyed=self.api_key_env is not None)
+
+
+def key_of(config: ServerConfig) -> str | None:
+    """The API key, from the environment variable that the configuration names."""
+    if config.api_key_env is None:
+        return None
+    key = os.environ.get(config.api_key_env, "").strip()
+    if not key:
+        raise ConfigError(f"api_key_env: the environment variable {config.api_key_env} is not set")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(f"api_key_env: {config.api_key_env} holds something that cannot be a key")
+    return key
 
 
 def _check_url(name: str, url: str, *, keyed: bool) -> None:
@@ -215,3 +228,13 @@ def said(value: Any, secret: str | None = None) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = " ".join((text.replace(secret, "***") if secret else text).split())
     return text if len(text) <= SAID else text[: SAID - 1] + "…"
+
+
+def chosen_model(wanted: str | None, served: list[str], url: str) -> str:
+    """The model to ask for by name; ConfigError if the server does not serve it, or several and none is wanted."""
+    if wanted is None and len(served) == 1:
+        return served[0]
+    if wanted is None or wanted not in served:
+        what = "give one" if wanted is None else f"'{wanted}' is not served"
+        raise ConfigError(f"server.model: {what}; {url} serves {', '.join(served) or 'none'}")
+    return wanted

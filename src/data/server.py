@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import signal
 import time
@@ -30,7 +29,9 @@ from draftsmith.data.openai_api import (
     NonsenseError,
     PromptError,
     ServerConfig,
+    chosen_model,
     is_loopback,
+    key_of,
     read_answer,
     request_body,
     said,
@@ -55,19 +56,8 @@ def answer_job(job: Job, setting: Setting, config: ServerConfig, told: Told) -> 
     403, 404 or the like, at once. DataError: the server's chat template is not the base's. Interrupted: SIGTERM,
     SIGINT or SIGUSR1. Whatever happens, the rows that are settled stay.
     """
-    key = _key(config)
+    key = key_of(config)
     asyncio.run(_Run(job, setting, config, told, key).run())
-
-
-def _key(config: ServerConfig) -> str | None:
-    if config.api_key_env is None:
-        return None
-    key = os.environ.get(config.api_key_env, "").strip()
-    if not key:
-        raise ConfigError(f"api_key_env: the environment variable {config.api_key_env} is not set")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigError(f"api_key_env: {config.api_key_env} holds something that cannot be a key")
-    return key
 
 
 class _FailedError(Exception):
@@ -107,7 +97,7 @@ class _Server:
             isinstance(m, dict) and isinstance(m.get("id"), str) for m in models
         ):
             return False
-        self.model = _chosen(self.config.model, [m["id"] for m in models], self.url)
+        self.model = chosen_model(self.config.model, [m["id"] for m in models], self.url)
         return True
 
     async def ask(self, body: dict[str, Any]) -> tuple[str, float | None, Any]:
@@ -150,15 +140,6 @@ class _Server:
         return response.status_code, retry_after(response.headers.get("retry-after"), time.time()), value
 
 
-def _chosen(wanted: str | None, served: list[str], url: str) -> str:
-    if wanted is None and len(served) == 1:
-        return served[0]
-    if wanted is None or wanted not in served:
-        what = "give one" if wanted is None else f"'{wanted}' is not served"
-        raise ConfigError(f"server.model: {what}; {url} serves {', '.join(served) or 'none'}")
-    return wanted
-
-
 class _Run:
     """One call of answer_job."""
 
@@ -166,6 +147,8 @@ class _Run:
         self.job, self.setting, self.config, self.told, self.key = job, setting, config, told, key
         self.servers = [_Server(url, config, key) for url in config.urls]
         self.writer = ThreadPoolExecutor(1, "journal")  # fdatasync must not hold up the answers
+        self.syncing: asyncio.Future[None] | None = None
+        self.dirty: set[int] = set()  # shards that the writer has yet to sync; the writer's alone
         self.opened: list[Shard] = []
         self.unfinished: dict[int, int] = {}  # shard number -> rows of it that are still being asked
         self.done = 0
@@ -301,6 +284,7 @@ class _Run:
                 shard.refuse(key, end)
             elif isinstance(end, Conversation):
                 shard.settle(key, end.rows())
+            self.dirty.add(shard.number)
             self.unfinished[shard.number] -= 1
             if not shard.missing:
                 shard.publish()
@@ -312,7 +296,21 @@ class _Run:
         else:
             self.done += 1
         await asyncio.get_running_loop().run_in_executor(self.writer, write)
+        await self._synced()
         self.told(self.done, len(self.job.failed))
+
+    async def _synced(self) -> None:
+        """Waits for the disk; all rows that wait at once share one call. (The writer is one thread: what was written
+        before this sync was queued, or before it began, is covered by it.)"""
+        if self.syncing is None:
+            self.syncing = asyncio.get_running_loop().run_in_executor(self.writer, self._sync)
+        await self.syncing
+
+    def _sync(self) -> None:
+        self.syncing = None
+        dirty, self.dirty = self.dirty, set()
+        for number in dirty:
+            self.job.shards[number].sync()
 
     async def _answer(self, c: Conversation, ids: list[int]) -> Answer:
         """The base's next words. RowError: this row will never get any; _FailedError: not in this run."""

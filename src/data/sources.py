@@ -21,7 +21,7 @@ from draftsmith.errors import ConfigError, DataError, RowError
 LONGEST = 64 * 1024 * 1024  # bytes of one JSON line; longer ones are no chat
 CHUNK = 1024 * 1024  # bytes of a line that is too long, at a time
 SPARE = 64  # levels that a row may be nested deeper where it is read next, and Python still reads it
-KINDS = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".json")  # of a folder, the first kind it has is read
+KINDS = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".ndjson", ".json")  # of a folder, the first kind it has is read
 SHAPES = ("auto", "messages", "sharegpt", "alpaca", "completion", "prompt", "text", "tokens")
 Raw = tuple[str, dict[str, Any] | RowError]  # file:row, and the object there or what is wrong with it
 
