@@ -24,6 +24,8 @@ from draftsmith.reporting.checkup import checkup
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM
     from draftsmith.data.checks import Finding, Sample
+    from draftsmith.data.funnel import Funnel
+    from draftsmith.data.records import Record
     from draftsmith.data.rows import Row, Rows
 
 PACKAGES = ("torch", "transformers", "lightning", "pyarrow", "datasets", "deepspeed", "wandb")
@@ -80,27 +82,31 @@ def _data(data: DataConfig, base: BaseLM, own: DoctorConfig, report: dict[str, A
     from draftsmith.data.rows import read_folder
 
     supply.check(data)
+    contents: list[Any]
     if data.prompts is None and data.path and supply.is_rows(data.path):
-        rows, facts = read_folder(Path(data.path))
+        whole, facts = read_folder(Path(data.path))
         yield from checks.origin(facts, base.spec, Path(data.path))
-        report["funnel"] = {**facts.get("funnel", {"in": len(rows), "kept": len(rows), "quarantined": {}})}
+        report["funnel"] = {**facts.get("funnel", {"in": len(whole), "kept": len(whole), "quarantined": {}})}
+        contents, asked = whole.contents(), set(whole.text("asked"))
+        rows = whole.select(_spread(len(whole), own.sample))
     else:
-        rows, found = _encoded(data, base, own, report)
-        yield from found
-    if len(rows) > own.sample:
-        rows = rows.select(_spread(len(rows), own.sample))
+        records, funnel = _records(data, own)
+        rows = _encoded(records, data, base, own, funnel)
+        report["funnel"] = funnel.facts
+        yield from checks.refusals(funnel.reasons, funnel.taken, data.on_bad, funnel.firsts)
+        contents, asked = [r.content for r in records], {r.asked for r in records}
     report["funnel"]["looked_at"] = len(rows)
+    yield from checks.repeats(contents)
     if not len(rows):
         raise DataError("0 rows are left to look at")
     report["lengths"], report["context"] = checks.lengths(rows), base.spec.max_positions
     if data.prompts is not None:  # no answers yet: the base will write them
-        yield from checks.repeats(rows)
         return
     sample = checks.Sample(rows, base.tokenizer, base.eos_ids, base.spec, data)
     yield from checks.inspect(sample)
     measured = supply.measured_rows(data, base)
     if measured is not None:
-        yield from checks.overlap(rows, read_folder(measured, base.spec)[0])
+        yield from checks.overlap(asked, read_folder(measured, base.spec)[0])
     if own.policy_tokens:
         report["policy"] = _policy(sample, base, own)
         yield from checks.off_policy(report["policy"])
@@ -108,34 +114,38 @@ def _data(data: DataConfig, base: BaseLM, own: DoctorConfig, report: dict[str, A
     report["shown"] = checks.shown(sample, own.show)
 
 
-def _encoded(data: DataConfig, base: BaseLM, own: DoctorConfig, report: dict[str, Any]) -> tuple[Rows, list[Finding]]:
-    """Every row of the sources is read, and own.sample of them, evenly spread, are encoded."""
-    from draftsmith.data import checks, importing, prompts
+def _records(data: DataConfig, own: DoctorConfig) -> tuple[list[Record], Funnel]:
+    """Up to own.read records of each source."""
     from draftsmith.data.funnel import Funnel, intake
+    from draftsmith.data.prompts import make_up
+
+    with Funnel(Path(os.devnull)) as funnel:
+        if not data.chosen:
+            assert data.prompts is not None
+            records = make_up(data.prompts)
+            funnel.taken = len(records)
+            return records, funnel
+        few = {n: dataclasses.replace(s, limit=min(s.limit or own.read, own.read)) for n, s in data.chosen.items()}
+        return list(intake(few, funnel)), funnel
+
+
+def _encoded(records: list[Record], data: DataConfig, base: BaseLM, own: DoctorConfig, funnel: Funnel) -> Rows:
+    """own.sample of the records, evenly spread, as rows; what does not fit is counted."""
+    from draftsmith.data import importing
     from draftsmith.data.rows import Rows
     from draftsmith.errors import RowError
 
-    with Funnel(Path(os.devnull)) as funnel:
-        if data.chosen:
-            few = {n: dataclasses.replace(s, limit=min(s.limit or own.read, own.read)) for n, s in data.chosen.items()}
-            records = list(intake(few, funnel))
-        else:
-            assert data.prompts is not None
-            records = prompts.make_up(data.prompts)
-            funnel.taken = len(records)
-        rows: list[Row] = []
-        for n in _spread(len(records), own.sample):
-            try:
-                asked = data.prompts is not None
-                rows.append(_asked(records[n], data, base) if asked else importing.row_of(records[n], data, base, 0))
-            except RowError as e:
-                funnel.refuse(e)
-        report["funnel"] = funnel.facts
-        first = str(funnel.first) if funnel.first else ""
-        return Rows.of(rows), list(checks.refusals(funnel.reasons, funnel.taken, data.on_bad, first))
+    rows: list[Row] = []
+    for n in _spread(len(records), own.sample):
+        try:
+            asked = data.prompts is not None
+            rows.append(_asked(records[n], data, base) if asked else importing.row_of(records[n], data, base, 0))
+        except RowError as e:
+            funnel.count(e)
+    return Rows.of(rows)
 
 
-def _asked(record: Any, data: DataConfig, base: BaseLM) -> Row:
+def _asked(record: Record, data: DataConfig, base: BaseLM) -> Row:
     """A prompt as distilling would open it: nothing of it is learned."""
     from draftsmith.data.generate import Conversation, Setting
     from draftsmith.data.rows import Row

@@ -172,14 +172,14 @@ def _opening(s: Sample) -> list[int]:
     return opened[len(opened) - min(same, 3) :]
 
 
-def repeats(rows: Rows) -> Iterator[Finding]:
-    seen = {row.ids.tobytes() for row in rows}  # type: ignore[attr-defined]
-    extra = len(rows) - len(seen)
-    if extra / max(1, len(rows)) > REPEATED:
+def repeats(contents: Sequence[Any]) -> Iterator[Finding]:
+    """contents: what each row says, or its hash."""
+    extra = len(contents) - len(set(contents))
+    if extra / max(1, len(contents)) > REPEATED:
         yield Finding(
             "repeated",
             WARNING,
-            f"{extra} of {len(rows)} rows equal an earlier one",
+            f"{extra} of {len(contents)} rows equal an earlier one",
             "set data.repeats=drop, or take them out",
             extra,
         )
@@ -295,7 +295,6 @@ def _few(s: Sample) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[Sample], Iterator[Finding]], ...] = (
     _learned,
     _edges,
-    lambda s: repeats(s.rows),
     _long,
     _unfinished,
     _leaks,
@@ -305,14 +304,14 @@ CHECKS: tuple[Callable[[Sample], Iterator[Finding]], ...] = (
 )
 
 
-def refusals(reasons: Mapping[str, int], taken: int, on_bad: str, where: str) -> Iterator[Finding]:
-    """Rows that could not be read or encoded, by reason."""
+def refusals(reasons: Mapping[str, int], taken: int, on_bad: str, firsts: Mapping[str, Exception]) -> Iterator[Finding]:
+    """Rows that could not be read or encoded, by reason, each with its first."""
     for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1]):
         yield Finding(
             f"row_{reason}",
             ERROR if on_bad == "error" or count == taken else WARNING,
-            f"{count} of {taken} rows do not fit: {reason}; the first: {where}",
-            "mend them, or set data.on_bad=skip to leave them out",
+            f"{count} of {taken} rows do not fit, the first: {firsts[reason]}",
+            "mend them, or set data.on_bad=skip" if on_bad == "error" else "mend them; they are left out as it is",
             count,
         )
 
@@ -335,8 +334,9 @@ def origin(facts: Mapping[str, Any], spec: BaseSpec, folder: Path) -> Iterator[F
         yield Finding("other_base", ERROR, str(e), "distil or encode them again with this base")
 
 
-def overlap(rows: Rows, measured: Rows) -> Iterator[Finding]:
-    shared = {*rows.text("asked")} & {*measured.text("asked")} - {""}
+def overlap(asked: set[str], measured: Rows) -> Iterator[Finding]:
+    """asked: what the training rows ask."""
+    shared = asked & {*measured.text("asked")} - {""}
     if shared:
         yield Finding(
             "overlap",

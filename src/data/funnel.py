@@ -29,7 +29,7 @@ class Funnel:
         self.path = path
         self.taken = 0
         self.reasons: Counter[str] = Counter()
-        self.first: RowError | None = None
+        self.firsts: dict[str, RowError] = {}  # of each reason
         self._file: Any = None
 
     def __enter__(self) -> Funnel:
@@ -48,8 +48,12 @@ class Funnel:
         with artifacts.disk(self.path, "the quarantine"):
             # a refused row may hold half a character: the quarantine is JSON lines all the same
             self._file.write(json.dumps(line, ensure_ascii=True) + "\n")
+        self.count(why)
+
+    def count(self, why: RowError) -> None:
+        """Refused, and told elsewhere."""
         self.reasons[why.reason] += 1
-        self.first = self.first or why
+        self.firsts.setdefault(why.reason, why)
 
     def move(self, path: Path) -> None:
         """Keeps the quarantine under another name: it is to outlive what it was made for."""
@@ -60,6 +64,10 @@ class Funnel:
     def flush(self) -> None:
         with artifacts.disk(self.path, "the quarantine"):
             self._file.flush()
+
+    @property
+    def first(self) -> RowError | None:
+        return next(iter(self.firsts.values()), None)
 
     @property
     def facts(self) -> dict[str, Any]:

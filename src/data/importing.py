@@ -189,7 +189,7 @@ def _fitted(rows: Rows, config: DataConfig, spec: BaseSpec, reasons: Counter[str
     elif config.turns == "last":
         rows = rows.learned(last_turns(rows))
     if config.repeats == "drop":
-        seen = {rows[n].ids.tobytes(): n for n in reversed(range(len(rows)))}  # type: ignore[attr-defined]
+        seen = {content: n for n, content in reversed(list(enumerate(rows.contents())))}
         reasons["repeated"] += len(rows) - len(seen)
         rows = rows.select(np.array(sorted(seen.values()), dtype=np.int64))
     room = min(config.length, spec.max_positions)

@@ -183,6 +183,11 @@ class Rows(Sequence[Row]):
         """learns_N: whether a head can learn from row n. (No head predicts a row's first two tokens.)"""
         return self.counts(2)[:, 2] > 0
 
+    def contents(self) -> list[bytes]:
+        """Each row's ids, as bytes: equal rows have equal ones."""
+        ends = zip(self.begins_N.tolist(), self.ends_N.tolist(), strict=True)
+        return [self.ids[begin:end].tobytes() for begin, end in ends]
+
     def sha256(self) -> str:
         """Hash of ids and masks, row by row."""
         digest = hashlib.sha256(self.lengths_N.astype(np.int64).tobytes())
