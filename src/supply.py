@@ -200,11 +200,8 @@ def _ask(data: DataConfig, out: Path, facts: dict[str, Any], rank: int) -> None:
         if not data.prompts.chosen:
             journal.publish_asked(out, make_up(data.prompts), None, **facts)
             return
-        with funnel.Funnel(out / ".intake.jsonl") as counted:
+        with funnel.Funnel(out.with_name(f"{out.name}.quarantine.jsonl")) as counted:
             records = list(funnel.intake(data.prompts.chosen, counted))
-            if counted.first is not None and data.on_bad == "error":
-                kept = out.with_name(f"{out.name}.quarantine.jsonl")
-                counted.move(kept)
             counted.settle(data.on_bad)
             counted.flush()
             journal.publish_asked(out, records, counted.path, **facts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -55,12 +54,6 @@ class Funnel:
         self.reasons[why.reason] += 1
         self.firsts.setdefault(why.reason, why)
 
-    def move(self, path: Path) -> None:
-        """Keeps the quarantine under another name: it is to outlive what it was made for."""
-        with artifacts.disk(path, "the quarantine"):
-            os.replace(self.path, path)
-        self.path = path
-
     def flush(self) -> None:
         with artifacts.disk(self.path, "the quarantine"):
             self._file.flush()
@@ -77,6 +70,8 @@ class Funnel:
     def settle(self, on_bad: str) -> None:
         """DataError if nothing is left, or, with on_bad=error, if anything was refused."""
         refused = sum(self.reasons.values())
+        if not self.taken:
+            raise DataError("0 of 0 rows left: the sources are empty")
         if refused and on_bad == "error":
             raise DataError(
                 f"{self.first}; {table(self.facts)}; all that do not fit: {self.path}; mend them, or data.on_bad=skip"

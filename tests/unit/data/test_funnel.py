@@ -84,15 +84,6 @@ def test_settling(tmp_path: Path, taken: int, refused: int, on_bad: str, says: s
     assert len(quarantined(funnel.path)) == refused
 
 
-def test_moving_the_quarantine(tmp_path: Path) -> None:
-    with Funnel(tmp_path / "q.jsonl") as funnel:
-        funnel.refuse(RowError("f:1", "role", "no"))
-        funnel.move(tmp_path / "kept.jsonl")
-        funnel.refuse(RowError("f:2", "role", "no"))
-    assert [line["where"] for line in quarantined(tmp_path / "kept.jsonl")] == ["f:1", "f:2"]
-    assert not (tmp_path / "q.jsonl").exists()
-
-
 def test_a_quarantine_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="cannot write the quarantine"), Funnel(tmp_path):
         pass
