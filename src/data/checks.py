@@ -369,9 +369,14 @@ def lengths(rows: Rows) -> dict[str, Any]:
     for name, values in (("rows", rows.lengths_N), ("prompts", prompts), ("answers", answers)):
         if len(values):
             told[name] = {f"p{q}": int(np.percentile(values, q)) for q in (0, 10, 50, 90, 99, 100)}
-    histogram, edges = np.histogram(rows.lengths_N, bins=12)
-    told["histogram"] = [[int(a), int(n)] for a, n in zip(edges[:-1], histogram, strict=True)]
+    told["histograms"] = {"rows": _histogram(rows.lengths_N), **({"answers": _histogram(answers)} if answers else {})}
     return told
+
+
+def _histogram(values: Any) -> list[list[int]]:
+    """[where a bin begins, how many lie in it]"""
+    counts, edges = np.histogram(values, bins=10)
+    return [[int(a), int(n)] for a, n in zip(edges[:-1], counts, strict=True)]
 
 
 def shown(s: Sample, count: int) -> list[dict[str, Any]]:

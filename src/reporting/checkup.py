@@ -46,10 +46,12 @@ def _lengths(report: dict[str, Any]) -> list[str]:
     names = [name for name in ("rows", "prompts", "answers") if name in told]
     lines = [f"  {'':<10}" + "".join(f"{q:>8}" for q in told[names[0]])] if names else []
     lines += [f"  {name:<10}" + "".join(f"{v:>8,}" for v in told[name].values()) for name in names]
-    most = max((n for _, n in told["histogram"]), default=1) or 1
-    lines += [f"  {start:>7,} {'█' * round(BAR * n / most)} {n:,}" for start, n in told["histogram"]]
+    for name, bins in told["histograms"].items():
+        most = max(n for _, n in bins) or 1
+        lines += ["", f"  {name}"]
+        lines += [f"  {start:>7,} {'█' * round(BAR * n / most)} {n:,}" for start, n in bins]
     learned = f"learned: {report['learned']:.1%} of the tokens; " if "learned" in report else ""
-    return [*lines, f"  {learned}the base's context: {report['context']:,}"]
+    return [*lines, "", f"  {learned}the base's context: {report['context']:,}"]
 
 
 def _tokens(row: dict[str, Any], colour: bool) -> str:
