@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from draftsmith import artifacts, config, prepare, supply
+from draftsmith.data.rows import verified
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError
 
@@ -22,9 +23,9 @@ def run(cfg: DictConfig) -> Path:
     if data.prompts is None:
         raise ConfigError("data.prompts: nothing to answer; use data=prompts data.prompts.path=<JSON lines>")
     machine = config.typed({"threads": cfg.threads, "device": cfg.device}, prepare.MachineConfig, "distill")
-    supply.check(data)
     out, (rank, world) = Path(cfg.out), prepare.world()
-    if _same(out, base_config, data):
+    out = out if out.name else out.resolve()
+    if _complete(out, base_config, data):
         prepare.say(f"{out}: already complete")
         return out
     with artifacts.disk(out, "rows"):
@@ -40,19 +41,23 @@ def run(cfg: DictConfig) -> Path:
     return out
 
 
-def _same(out: Path, base: prepare.BaseConfig, data: DataConfig) -> bool:
-    """Whether `out` is complete. Refuses a folder of rows that other prompts, settings or another base made."""
-    complete = artifacts.is_complete(out)
-    claim = out if complete else out / supply.journal.ASKED
+def _complete(out: Path, base: prepare.BaseConfig, data: DataConfig) -> bool:
+    """Whether `out` is complete and undamaged. ConfigError for a folder of rows that other prompts, settings or
+    another base made; DataError for damage."""
+    claim = out if artifacts.is_complete(out) else out / supply.journal.ASKED
     if not artifacts.is_complete(claim):
+        supply.check(data)
         return False
     facts = artifacts.read_json(claim / artifacts.MANIFEST)
-    changed = [k for k, v in supply.facts_of(data).items() if facts.get(k) != v]
-    if base.path and Path(base.path).exists() and facts["base"]["path"] != str(Path(base.path).resolve()):
-        changed.append("base")
+    changed = [k for k, v in supply.facts_of(data, facts).items() if facts.get(k) != v]
     if changed:
         raise ConfigError(f"out: {out} holds rows of another {' and '.join(changed)}; choose another folder")
-    return complete
+    if claim is not out:
+        return False
+    verified(out)
+    if prepare.path_of(base) != facts["base"]["path"]:  # moved, or another one: its contents tell
+        supply.check_base(facts, prepare.load_base(base), out)
+    return True
 
 
 def main() -> None:

@@ -12,12 +12,13 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from draftsmith import artifacts, config
 from draftsmith.errors import ConfigError
@@ -71,12 +72,17 @@ def load_base(base: BaseConfig, device: str = "cpu") -> BaseLM:
     )
 
 
+def path_of(base: BaseConfig) -> str:
+    """Where the base lies: a folder's full path, or a hub id; made first if it has a recipe."""
+    path = base.path or str(base_folder(base))
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+
 def outline(base: BaseConfig) -> Outline:
     """The base without its weights, made first if it has a recipe."""
     from draftsmith.base import lm
 
-    path = base.path or str(base_folder(base))
-    return lm.outline(path, revision=base.revision, trust_remote_code=base.trust_remote_code)
+    return lm.outline(path_of(base), revision=base.revision, trust_remote_code=base.trust_remote_code)
 
 
 def world() -> tuple[int, int]:
@@ -145,16 +151,34 @@ def held(run_dir: Path, rank: int = 0) -> Iterator[None]:
     with artifacts.disk(run_dir, "a lock"):
         lock = open(run_dir / (f".lock-{rank}" if rank else ".lock"), "a+")  # noqa: SIM115 (held for the whole block)
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(lock, fcntl.LOCK_EX, tries=20):  # who only looks whether it is held lets go at once
             lock.seek(0)
-            raise ConfigError(f"{run_dir}: is being written by {lock.read().strip()}") from None
+            raise ConfigError(f"{run_dir}: is being written by {lock.read().strip()}")
         with artifacts.disk(run_dir, "a lock"):
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}")
             lock.flush()
         yield
+
+
+def is_held(run_dir: Path) -> bool:
+    """Whether process 0 of somebody is writing this folder now."""
+    path = run_dir / ".lock"
+    if not path.exists():
+        return False
+    with open(path) as lock:
+        return not _taken(lock, fcntl.LOCK_SH)
+
+
+def _taken(lock: IO[str], kind: int, tries: int = 1) -> bool:
+    """Whether the lock could be had, at one of so many tries."""
+    for n in range(tries):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            return True
+        if n + 1 < tries:
+            time.sleep(0.05)
+    return False
 
 
 @dataclass(frozen=True)

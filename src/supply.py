@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pkgutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,48 +20,40 @@ from draftsmith.data import funnel, journal, sources
 from draftsmith.data.prompts import PromptsConfig, make_up
 from draftsmith.data.records import Record
 from draftsmith.data.settings import DataConfig
-from draftsmith.errors import DataError, Interrupted, PeerError
+from draftsmith.data.sources import SourceConfig
+from draftsmith.errors import ConfigError, DataError, Interrupted, PeerError
 
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM, Outline
     from draftsmith.data.generate import Setting
 
-MAKERS = ("synthetic", "records", "shapes", "sources", "chat", "generate", "importing")  # whose code makes rows
-PATIENCE = 3600.0  # seconds that a process waits for the first one to read the prompts
+START = 120.0  # seconds that a process waits for the first one to begin
 
 
 def is_rows(path: str | Path | None) -> bool:
     """Whether this is a published folder of rows."""
-    folder = Path(path) if path else None
-    if folder is None or not artifacts.is_complete(folder):
-        return False
-    return artifacts.read_json(folder / artifacts.MANIFEST).get("kind") == "rows"
+    return bool(path) and sources.published_as(Path(str(path))) == "rows"
 
 
 def check(data: DataConfig) -> None:
-    """DataError for local sources that are not there, before anything is loaded."""
-    for source in data.chosen.values():
+    """DataError for local sources that are not there or are something else, before anything is loaded."""
+    own = SourceConfig(path=data.validation.path) if data.validation.path else None
+    for source in [*data.chosen.values(), *([own] if own else [])]:
         if source.path and (Path(source.path) / journal.ASKED).is_dir() and not is_rows(source.path):
             raise DataError(f"{source.path}: its rows are not complete; start that draftsmith distill again first")
-        if not is_rows(source.path):
-            sources.check(source)
-    if data.validation.path and not Path(data.validation.path).exists():
-        raise DataError(f"{data.validation.path}: no such file or folder; data.validation.path names rows to measure")
+        sources.check(source)
 
 
 def content(data: DataConfig) -> dict[str, str | None]:
     """source -> hash of what it holds."""
-    told = {
-        name: prepare.content_sha256(s.path) if is_rows(s.path) else sources.content_sha256(s)
-        for name, s in data.chosen.items()
-    }
+    told = {name: _content(source) for name, source in data.chosen.items()}
     if data.validation.path:
-        told["validation"] = artifacts.fingerprint([artifacts.file_sha256(p) for p in _files(data.validation.path)])
+        told["validation"] = _content(SourceConfig(path=data.validation.path))
     return told
 
 
-def _files(path: str) -> list[Path]:
-    return [Path(path) / artifacts.MANIFEST] if is_rows(path) else sources.files(path)
+def _content(source: SourceConfig) -> str | None:
+    return prepare.content_sha256(source.path) if is_rows(source.path) else sources.content_sha256(source)
 
 
 def collect(prompts: PromptsConfig, exclude: frozenset[str] = frozenset()) -> list[Record]:
@@ -82,17 +75,11 @@ def asked_of(data: DataConfig) -> list[Record] | None:
     if data.path and is_rows(data.path):
         folder = Path(data.path)
         return [r for _, r in journal.read_asked(folder)] if (folder / journal.ASKED).is_dir() else None
-    if not all(s.path is None or list(_files_if_there(s.path)) for s in data.chosen.values()):
-        return None
-    with funnel.Funnel(Path(os.devnull)) as counted:
-        return list(funnel.intake(data.chosen, counted))
-
-
-def _files_if_there(path: str) -> list[Path]:
     try:
-        return sources.files(path)
-    except DataError:
-        return []
+        with funnel.Funnel(Path(os.devnull)) as counted:
+            return list(funnel.intake(data.chosen, counted))
+    except DataError:  # the sources have moved since
+        return None
 
 
 def rows_of(data: DataConfig, base: BaseLM) -> Path:
@@ -105,7 +92,7 @@ def rows_of(data: DataConfig, base: BaseLM) -> Path:
         "prompts": dataclasses.asdict(data.prompts) if data.prompts else None,
         "chat": dataclasses.asdict(data.chat),
         "on_bad": data.on_bad,
-        "code": [prepare.source_sha256(f"draftsmith.data.{m}") for m in MAKERS],
+        "code": [prepare.source_sha256(name) for name in _makers()],
     }
     if data.prompts is not None:
         key |= {"weights": base.weights_sha256(), "generation": facts_of(data)["generation"]}
@@ -119,6 +106,14 @@ def rows_of(data: DataConfig, base: BaseLM) -> Path:
             _import(data, base, target)
 
     return prepare.once(prepare.cache_dir() / "rows" / artifacts.fingerprint(key)[:16], make)
+
+
+def _makers() -> list[str]:
+    """The modules whose code decides what rows hold."""
+    import draftsmith.data
+
+    found = pkgutil.iter_modules(draftsmith.data.__path__, "draftsmith.data.")
+    return ["draftsmith.base.answering", *sorted(module.name for module in found)]
 
 
 def measured_rows(data: DataConfig, base: BaseLM) -> Path | None:
@@ -137,8 +132,9 @@ def _import(data: DataConfig, base: BaseLM, target: Path) -> None:
     prepare.say(f"read {told['in']:,} rows: {funnel.table(told)}{where}")
 
 
-def facts_of(data: DataConfig) -> dict[str, Any]:
-    """What rows were asked for, as their manifest tells it. (Batch size, urls and paths may change.)"""
+def facts_of(data: DataConfig, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What rows were asked for, as their manifest tells it. (Batch size, urls and paths may change.) recorded: of a
+    job that has begun; if its sources are gone, they are taken to be what they were."""
     assert data.prompts is not None
     made_up = {k: v for k, v in dataclasses.asdict(data.prompts).items() if k not in ("path", "sources")}
     generation = dataclasses.asdict(data.generation)
@@ -146,8 +142,14 @@ def facts_of(data: DataConfig) -> dict[str, Any]:
     generation.pop("batch_size")
     if data.generation.engine != "base":
         generation |= {"model": server["model"], "api": server["api"]}
+    try:
+        held: dict[str, Any] = content(data)
+    except DataError:
+        if recorded is None:
+            raise
+        held = recorded["source"]["content"]
     return {
-        "source": {**made_up, "content": content(data)},
+        "source": {**made_up, "content": held},
         "generation": generation,
         "chat": dataclasses.asdict(data.chat),
     }
@@ -168,10 +170,7 @@ def answer(
     """
     from draftsmith.data.generate import Setting
 
-    facts = {"base": dataclasses.asdict(base.spec), **facts_of(data)}
-    _ask(data, out, facts, rank)
-    if data.generation.engine == "base":
-        facts["weights_sha256"] = cast("BaseLM", base).weights_sha256()
+    facts = _ask(data, base, out, rank)
     setting = Setting(base.tokenizer, base.eos_ids, base.spec.max_positions, data.generation, data.chat)
     job = journal.Job(out, data.generation.shard_rows, rank=rank, world=world)
     _engine(job, setting, base, out)
@@ -187,25 +186,58 @@ def answer(
     return True
 
 
-def _ask(data: DataConfig, out: Path, facts: dict[str, Any], rank: int) -> None:
-    """out/asked, written by the first process from the sources; the others wait for it."""
-    assert data.prompts is not None
+def _ask(data: DataConfig, base: BaseLM | Outline, out: Path, rank: int) -> dict[str, Any]:
+    """What the job is: out/asked, written by the first process from the sources, which are not looked at again; the
+    others wait for it. ConfigError if it was begun with another base."""
     asked = out / journal.ASKED
-    began = time.monotonic()
-    while rank and not artifacts.is_complete(asked):
-        if time.monotonic() - began > PATIENCE:
-            raise PeerError(f"{asked}: the first process did not write it in {PATIENCE:.0f} s")
-        time.sleep(0.2)
+    _wait(out, rank)
     if not artifacts.is_complete(asked):
-        if not data.prompts.chosen:
-            journal.publish_asked(out, make_up(data.prompts), None, **facts)
-            return
-        with funnel.Funnel(out.with_name(f"{out.name}.quarantine.jsonl")) as counted:
-            records = list(funnel.intake(data.prompts.chosen, counted))
-            counted.settle(data.on_bad)
-            counted.flush()
-            journal.publish_asked(out, records, counted.path, **facts)
-        counted.path.unlink()
+        facts = {"base": dataclasses.asdict(base.spec), **_weights(data, base), **facts_of(data)}
+        _publish_asked(data, out, facts)
+    recorded = {k: v for k, v in artifacts.read_json(asked / artifacts.MANIFEST).items() if k not in ("kind", "files")}
+    check_base(recorded, base, out)
+    return recorded
+
+
+def check_base(recorded: dict[str, Any], base: BaseLM | Outline, out: Path) -> None:
+    """ConfigError if another base than this one answers, or answered, the rows of `out`, wherever it lies."""
+    now = dataclasses.asdict(base.spec)
+    changed = [k for k, v in recorded["base"].items() if k not in ("path", "revision") and now.get(k) != v]
+    if "weights_sha256" in recorded and recorded["weights_sha256"] != cast("BaseLM", base).weights_sha256():
+        changed.append("weights_sha256")
+    if changed:
+        raise ConfigError(f"out: {out} holds rows of another base ({', '.join(changed)} differ); choose another folder")
+
+
+def _weights(data: DataConfig, base: BaseLM | Outline) -> dict[str, str]:
+    """The hash of the weights that answer; nobody knows those of a server."""
+    return {"weights_sha256": cast("BaseLM", base).weights_sha256()} if data.generation.engine == "base" else {}
+
+
+def _wait(out: Path, rank: int) -> None:
+    """Until the first process has written out/asked; PeerError if it is not there, or ends without."""
+    began, seen = time.monotonic(), False
+    while rank and not artifacts.is_complete(out / journal.ASKED):
+        held = prepare.is_held(out)
+        if not held and (seen or time.monotonic() - began > START):
+            if artifacts.is_complete(out / journal.ASKED):
+                return
+            raise PeerError(f"{out}: the first process {'ended' if seen else 'did not start'}; see what it said")
+        seen = seen or held
+        time.sleep(0.2)
+
+
+def _publish_asked(data: DataConfig, out: Path, facts: dict[str, Any]) -> None:
+    assert data.prompts is not None
+    if not data.prompts.chosen:
+        return journal.publish_asked(out, make_up(data.prompts), None, **facts)
+    weights = {name: source.weight for name, source in data.prompts.chosen.items()}
+    with funnel.Funnel(out.with_name(f"{out.name}.quarantine.jsonl")) as counted:
+        records = list(funnel.intake(data.prompts.chosen, counted))
+        counted.settle(data.on_bad)
+        counted.flush()
+        journal.publish_asked(out, records, counted.path, weights=weights, **facts)
+    return counted.path.unlink()
 
 
 def _engine(job: journal.Job, setting: Setting, base: Any, out: Path) -> None:

@@ -91,7 +91,7 @@ def rows_for(data: DataConfig, base: BaseLM) -> Chosen:
         )
     measured = supply.measured_rows(data, base)
     held = read_folder(measured, base.spec)[0] if measured else None
-    chosen = importing.choose(rows, data, base.spec, held)
+    chosen = importing.choose(rows, data, base.spec, held, facts.get("weights"))
     if chosen.funnel["quarantined"]:
         prepare.say(f"warning: {table(chosen.funnel)} as data.long_rows, repeats and loss_on want them")
     return chosen

@@ -48,7 +48,8 @@ class Breaker:
     """One server's health. closed: ask away; open: nothing but probes; trial: a probe came back, one request may
     go and decides.
 
-    since: when the trouble began that no answer has ended yet; patience is counted from there.
+    since: when the trouble began that no answer has ended yet; patience is counted from there. A pause that the
+    server asked for is no trouble yet: with it alone, trouble begins when it ends.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Breaker:
         self.state = "closed"
         self.since: float | None = None
         self._failures = self._probes = 0
-        self._until = 0.0
+        self._until = self._heard = 0.0
         self._trying = False
 
     def admits(self) -> bool:
@@ -87,6 +88,7 @@ class Breaker:
     def failed(self) -> None:
         """No answer, 5xx or nonsense."""
         self._failures += 1
+        self._heard = self._clock()
         if self.state == "trial" or (self.state == "closed" and self._failures >= self._limit):
             self.open()
 
@@ -97,10 +99,11 @@ class Breaker:
         self.since = self._clock() if self.since is None else self.since
 
     def throttled(self, seconds: float) -> None:
-        """The server asks for a pause. It lives, so this is no failure; but a pause that no answer ever ends is
-        trouble too."""
-        self._until = max(self._until, self._clock() + seconds)
-        self.since = self._clock() if self.since is None else self.since
+        """The server asks for a pause. It lives, so this is no failure; but one pause after another, and never an
+        answer, is trouble too."""
+        self._heard = self._clock()
+        self._until = max(self._until, self._heard + seconds)
+        self.since = self._until if self.since is None else self.since
         if self.state == "trial":
             self.state = "closed"
 
@@ -115,5 +118,9 @@ class Breaker:
             self._until = self._clock() + self._wait(self._probes)
 
     def troubled(self) -> float:
-        """Seconds since the trouble began; 0 without any."""
-        return 0.0 if self.since is None else self._clock() - self.since
+        """Seconds since the trouble began; 0 without any. Of a server that is only throttled: as of its last word,
+        so that a pause, however long, is followed by a request before anybody despairs."""
+        if self.since is None:
+            return 0.0
+        now = self._heard if self.state == "closed" else self._clock()
+        return max(0.0, now - self.since)

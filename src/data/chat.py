@@ -36,6 +36,7 @@ __all__ = [
     "prompt_ids",
     "template_facts",
     "text_ids",
+    "whole_ids",
 ]
 
 PLAIN = ChatConfig()
@@ -79,6 +80,19 @@ def encode(
     if not any(mask):
         raise RowError(where, "mask", "the chat template marked no assistant token; check its generation markers")
     return Encoded(ids, mask, "template")
+
+
+def whole_ids(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    where: str,
+    chat: ChatConfig = PLAIN,
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+) -> list[int]:
+    """Ids of the whole chat, where nobody asks what of it the assistant said."""
+    script = Script(tokenizer, messages, where, chat, tools)
+    return script.ids(script.render(script.messages)[0])
 
 
 def prompt_ids(

@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,23 +17,23 @@ import numpy as np
 
 from draftsmith.data import chat
 from draftsmith.data.chat import ChatConfig
-from draftsmith.data.records import Message
+from draftsmith.data.edges import Marks, marks, runs
 from draftsmith.data.rows import Row, Rows, check_origin
 from draftsmith.data.settings import DataConfig
-from draftsmith.errors import DataError, DraftsmithError
+from draftsmith.errors import DataError
 
 if TYPE_CHECKING:
     from draftsmith.contracts import BaseSpec
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 EDGES = 0.02  # share of assistant turns whose first or last learned token may be out of place
+NEARLY_ALL = 0.9  # share of rows that may begin with learned tokens: answers to nothing do
 REPEATED = 0.01  # share of rows that an earlier row equals
 CUT = 0.2  # share of rows whose last answer has no end
 LOOPING = 0.5  # share of an answer's 4-grams that are new, below which it goes round in circles
 LOOPERS = 0.05  # share of such answers
 GAP = 0.35  # nats per token by which answers may be less likely than the base's own samples would be
 THINK = ("<think>", "</think>", "[THINK]", "[/THINK]")
-PROBE: list[Message] = [{"role": "user", "content": "?"}]
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,19 @@ class Sample:
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
+    @cached_property
+    def marks(self) -> Marks:
+        return marks(self.tokenizer, self.eos_ids, self.config.chat)
+
+    @cached_property
+    def chats(self) -> list[Row]:
+        """The rows that the chat template has written: all but those known to be plain text."""
+        return [r for r in self if not r.said or not {"prompt", "text"} & {*json.loads(r.said)}]
+
 
 def turns(row: Row) -> list[tuple[int, int]]:
     """(begin, end) of each run of learned tokens."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(row.mask, np.int8), [0]])))
-    return [(int(b), int(e)) for b, e in zip(edges[::2], edges[1::2], strict=True)]
+    return runs(row.mask)
 
 
 def inspect(sample: Sample) -> list[Finding]:
@@ -83,65 +92,46 @@ def _learned(s: Sample) -> Iterator[Finding]:
             "see where their masks come from; such rows are left out of training",
             none,
         )
-    share = _share(s.rows)
-    if s.config.loss_on == "assistant" and share > 0.98:
+
+
+def _prompts(s: Sample) -> Iterator[Finding]:
+    """Is anything learned before the assistant's first turn? (How much is learned says nothing: answers are long.)"""
+    if s.config.loss_on != "assistant":
+        return
+    swallowed = started = total = 0
+    for row in s.chats:
+        if not (spans := turns(row)):
+            continue
+        (begin, end), ids = spans[0], row.ids.tolist() if isinstance(row.ids, np.ndarray) else list(row.ids)
+        total += 1
+        swallowed += s.marks.swallowed(ids, begin, end)
+        started += begin <= 1 and s.marks.place(ids, begin) != "right"
+    if total and (swallowed / total > EDGES or started / total > NEARLY_ALL):
+        count = max(swallowed, started)
         yield Finding(
             "all_learned",
             ERROR,
-            f"the mask selects {share:.0%} of all tokens: prompts are learned as if the base had said them",
+            f"in {count} of {total} rows the mask begins before the assistant does: prompts are learned as if the base"
+            " had said them",
             "mask the prompts, or say data.loss_on=all if that is meant",
-            round(share, 4),
+            count,
         )
 
 
-def _share(rows: Rows) -> float:
-    """Learned tokens, of all."""
-    return float(rows.counts(0)[:, 0].sum() / max(1, rows.lengths_N.sum()))
-
-
-def _edges(s: Sample) -> Iterator[Finding]:
-    """Does every assistant turn begin where the template lets the assistant begin, and end with its end token?"""
-    opening = _opening(s)
-    if opening:
-        yield from _begins(s, opening)
-    ends: Counter[str] = Counter()
-    for row in s:
-        for begin, end in turns(row):
-            last, after = int(row.ids[end - 1]), int(row.ids[end]) if end < len(row.ids) else -1
-            if last in s.eos_ids:
-                ends["right"] += 1
-            elif after in s.eos_ids:
-                ends["early"] += 1
-            elif end - begin > 1 and int(row.ids[end - 2]) in s.eos_ids:
-                ends["late"] += 1
-    total = sum(ends.values())
-    for how, text in (("early", "ends one token before its end-of-turn token"), ("late", "ends one token too late")):
-        if total and ends[how] / total > EDGES:
-            yield Finding(
-                f"mask_ends_{how}",
-                ERROR,
-                f"in {ends[how]} of {total} assistant turns the mask {text}",
-                "mend the masks: the end-of-turn token is the last one that the base itself says",
-                ends[how],
-            )
-
-
-def _begins(s: Sample, opening: list[int]) -> Iterator[Finding]:
-    """opening: the ids that the template writes last before the assistant begins."""
+def _begins(s: Sample) -> Iterator[Finding]:
+    """Does every assistant turn begin where the template lets the assistant begin?"""
     begins: Counter[str] = Counter()
-    n = len(opening)
-    for row in s:
-        ids = [int(i) for i in row.ids]
-        for begin, _ in turns(row):
-            where = {shift: ids[max(0, begin + shift - n) : begin + shift] == opening for shift in (0, 1, -1)}
-            begins[next((name for name, at in (("right", 0), ("early", 1), ("late", -1)) if where[at]), "other")] += 1
+    if s.marks.openings:
+        for row in s.chats:
+            ids = [int(i) for i in row.ids]
+            begins.update(s.marks.place(ids, begin) for begin, _ in turns(row))
     total = sum(begins.values())
-    for how, text in (("early", "begins one token too early"), ("late", "begins one token too late")):
+    for how in ("early", "late"):
         if total and begins[how] / total > EDGES:
             yield Finding(
                 f"mask_begins_{how}",
                 ERROR,
-                f"in {begins[how]} of {total} assistant turns the mask {text}",
+                f"in {begins[how]} of {total} assistant turns the mask begins one token too {how}",
                 "mend the masks: the first learned token is the first one after the generation prompt",
                 begins[how],
             )
@@ -155,21 +145,29 @@ def _begins(s: Sample, opening: list[int]) -> Iterator[Finding]:
         )
 
 
-def _opening(s: Sample) -> list[int]:
-    """The last ids before the assistant begins: where two chats opened with different words agree. [] for a
-    tokenizer without a chat template and for rows that are no chats."""
-    said = list(_said(s))
-    if not s.tokenizer.chat_template or (said and not any("messages" in x for x in said)):
-        return []
-    try:
-        opened = chat.prompt_ids(s.tokenizer, PROBE, "doctor", s.config.chat)
-        other = chat.prompt_ids(s.tokenizer, [{"role": "user", "content": "!?!"}], "doctor", s.config.chat)
-    except DraftsmithError:
-        return []
-    same = 0
-    while same < min(len(opened), len(other)) and opened[-1 - same] == other[-1 - same]:
-        same += 1
-    return opened[len(opened) - min(same, 3) :]
+def _ends(s: Sample) -> Iterator[Finding]:
+    """Does every assistant turn end with its end token?"""
+    ends: Counter[str] = Counter()
+    known = s.marks.ends
+    for row in s:
+        for begin, end in turns(row):
+            last, after = int(row.ids[end - 1]), int(row.ids[end]) if end < len(row.ids) else -1
+            if last in known:
+                ends["right"] += 1
+            elif after in known:
+                ends["early"] += 1
+            elif end - begin > 1 and int(row.ids[end - 2]) in known:
+                ends["late"] += 1
+    total = sum(ends.values())
+    for how, text in (("early", "ends one token before its end-of-turn token"), ("late", "ends one token too late")):
+        if total and ends[how] / total > EDGES:
+            yield Finding(
+                f"mask_ends_{how}",
+                ERROR,
+                f"in {ends[how]} of {total} assistant turns the mask {text}",
+                "mend the masks: the end-of-turn token is the last one that the base itself says",
+                ends[how],
+            )
 
 
 def repeats(contents: Sequence[Any]) -> Iterator[Finding]:
@@ -200,9 +198,10 @@ def _long(s: Sample) -> Iterator[Finding]:
 
 
 def _unfinished(s: Sample) -> Iterator[Finding]:
-    if not s.eos_ids or s.config.loss_on == "all":
+    known = s.marks.ends
+    if not known or not s.marks.closes or s.config.loss_on == "all":
         return
-    open_rows = sum(1 for row in s if turns(row) and int(row.ids[turns(row)[-1][1] - 1]) not in s.eos_ids)
+    open_rows = sum(1 for row in s if turns(row) and int(row.ids[turns(row)[-1][1] - 1]) not in known)
     share = open_rows / max(1, len(s.rows))
     if share > CUT:
         yield Finding(
@@ -215,15 +214,15 @@ def _unfinished(s: Sample) -> Iterator[Finding]:
 
 
 def _leaks(s: Sample) -> Iterator[Finding]:
-    """Control ids inside an answer: two turns in one mask, or control tokens that somebody typed."""
-    control = set(getattr(s.tokenizer, "all_special_ids", [])) | set(s.eos_ids)
-    inside = sum(any(int(i) in control for i in row.ids[b : e - 1]) for row in s for b, e in turns(row))
+    """Ids inside an answer that open or end turns: two turns in one mask, or control tokens that somebody typed.
+    What else a base says in control tokens (tool calls, thoughts) is its own."""
+    inside = sum(any(int(i) in s.marks.turn for i in row.ids[b : e - 1]) for row in s for b, e in turns(row))
     total = sum(len(turns(row)) for row in s)
     if inside and inside / max(1, total) > EDGES and s.config.loss_on == "assistant":
         yield Finding(
             "control_in_answer",
             ERROR,
-            f"{inside} of {total} answers have a control token in their middle",
+            f"{inside} of {total} answers have a token in their middle that opens or ends a turn",
             "look at the masks (two turns in one?) and at data.chat.control_tokens",
             inside,
         )
@@ -251,9 +250,10 @@ def _contents(said: Mapping[str, Any]) -> list[str]:
 
 
 def _thinking(s: Sample) -> Iterator[Finding]:
+    """By the last answers: templates take the thoughts out of earlier ones."""
     thinks = total = 0
     for row in s:
-        for begin, end in turns(row):
+        for begin, end in turns(row)[-1:]:
             total += 1
             text = s.tokenizer.decode([int(i) for i in row.ids[begin:end]], skip_special_tokens=False)
             head, _, rest = text.partition(THINK[1])
@@ -262,7 +262,7 @@ def _thinking(s: Sample) -> Iterator[Finding]:
         yield Finding(
             "mixed_thinking",
             WARNING,
-            f"{thinks} of {total} answers think aloud, the others do not",
+            f"{thinks} of {total} rows end in an answer that thinks aloud, the others do not",
             "split the rows by it: the served template does one or the other",
             thinks,
         )
@@ -294,7 +294,9 @@ def _few(s: Sample) -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[Sample], Iterator[Finding]], ...] = (
     _learned,
-    _edges,
+    _prompts,
+    _begins,
+    _ends,
     _long,
     _unfinished,
     _leaks,
@@ -304,26 +306,44 @@ CHECKS: tuple[Callable[[Sample], Iterator[Finding]], ...] = (
 )
 
 
-def refusals(reasons: Mapping[str, int], taken: int, on_bad: str, firsts: Mapping[str, Exception]) -> Iterator[Finding]:
-    """Rows that could not be read or encoded, by reason, each with its first."""
+def refusals(reasons: Mapping[str, int], of: int, some: str, on_bad: str, firsts: Mapping[str, Any]) -> Iterator[Finding]:
+    """Rows that could not be read or encoded, by reason, each with its first. some: what the `of` rows are."""
     for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1]):
         yield Finding(
             f"row_{reason}",
-            ERROR if on_bad == "error" or count == taken else WARNING,
-            f"{count} of {taken} rows do not fit, the first: {firsts[reason]}",
+            ERROR if on_bad == "error" or count == of else WARNING,
+            f"{count} of {some} {'does' if count == 1 else 'do'} not fit, the first: {firsts[reason]}",
             "mend them, or set data.on_bad=skip" if on_bad == "error" else "mend them; they are left out as it is",
             count,
         )
 
 
 def thinking_choice(tokenizer: Any, config: ChatConfig) -> Iterator[Finding]:
-    if tokenizer.chat_template and chat.can_think(tokenizer) and config.thinking is None:
+    """For chats that are still to be encoded."""
+    if config.thinking is None and _can_think(tokenizer):
         yield Finding(
             "thinking_unsaid",
             ERROR,
             "the chat template can think, and nobody said whether it does",
             "say data.chat.thinking=true or false, as the server will",
         )
+
+
+def other_thinking(made: bool | None, tokenizer: Any, config: ChatConfig) -> Iterator[Finding]:
+    """made: data.chat.thinking of finished rows, as their manifest has it."""
+    if None not in (made, config.thinking) and made != config.thinking and _can_think(tokenizer):
+        yield Finding(
+            "other_thinking",
+            WARNING,
+            f"the rows were made with data.chat.thinking={str(made).lower()}, and now it is"
+            f" {str(config.thinking).lower()}",
+            "distil or encode them again, as the server will think; or say what they were made with",
+            made,
+        )
+
+
+def _can_think(tokenizer: Any) -> bool:
+    return bool(tokenizer is not None and tokenizer.chat_template and chat.can_think(tokenizer))
 
 
 def origin(facts: Mapping[str, Any], spec: BaseSpec, folder: Path) -> Iterator[Finding]:

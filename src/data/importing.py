@@ -22,7 +22,7 @@ from draftsmith.data.journal import QUARANTINE
 from draftsmith.data.records import Record
 from draftsmith.data.rows import Row, Rows, shard_name, shards, to_table, verified, write_shard
 from draftsmith.data.settings import DataConfig
-from draftsmith.data.sources import SourceConfig
+from draftsmith.data.sources import SourceConfig, files, published_as
 from draftsmith.errors import DataError, RowError
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def import_rows(
     folder: Path, sources: Mapping[str, SourceConfig], config: DataConfig, base: Base, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Encodes every record of the sources into `folder`, published whole; returns the funnel's facts."""
-    for source in sources.values():
-        _check_rows(source, base.spec)
+    check_origins(sources, base.spec)
     with Funnel(folder.with_name(f"{folder.name}.quarantine.jsonl")) as funnel:
         with artifacts.publish(folder, kind="rows", funnel=(told := {}), **facts) as temporary:
             for number, some in enumerate(shards(_encoded(intake(sources, funnel), config, base, funnel))):
@@ -60,12 +59,12 @@ def import_rows(
     return funnel.facts
 
 
-def _check_rows(source: SourceConfig, spec: BaseSpec) -> None:
-    """A source that is a folder of rows holds ids of this base's tokenizer, or DataError."""
-    folder = Path(source.path or "")
-    if source.path and artifacts.is_complete(folder):
-        facts = artifacts.read_json(folder / artifacts.MANIFEST)
-        if isinstance(facts, dict) and facts.get("kind") == "rows":
+def check_origins(sources: Mapping[str, SourceConfig], spec: BaseSpec) -> None:
+    """Every folder of rows among the sources, whole or by some of its files, is undamaged and holds this base's ids;
+    DataError else."""
+    paths = [(s.path, s.split) for s in sources.values() if s.path]
+    for folder in sorted({p.parent for path, split in paths for p in files(path, split)}):
+        if published_as(folder) == "rows":
             verified(folder, spec)
 
 
@@ -84,15 +83,9 @@ def _encoded(records: Iterable[Record], config: DataConfig, base: Base, funnel: 
 def row_of(record: Record, config: DataConfig, base: Base, occurrence: int) -> Row:
     """The record as a row; RowError for what cannot be learned from."""
     ids, mask = encode(record, config, base)
-    return Row(
-        id=f"{record.content[:16]}-{occurrence}",
-        ids=ids,
-        mask=mask,
-        source=record.where,
-        part=record.source,
-        asked=record.asked,
-        said=json.dumps(said(record), ensure_ascii=False),
-    )
+    told = {"source": record.where, "said": json.dumps(said(record), ensure_ascii=False), **record.kept}
+    name = f"{record.content[:16]}-{occurrence}"
+    return Row(**{**told, "id": name, "ids": ids, "mask": mask, "part": record.source, "asked": record.asked})
 
 
 def encode(record: Record, config: DataConfig, base: Base) -> tuple[list[int], list[int]]:
@@ -100,6 +93,9 @@ def encode(record: Record, config: DataConfig, base: Base) -> tuple[list[int], l
     where, tokenizer = record.where, base.tokenizer
     if record.ids:
         ids, mask = list(record.ids), list(record.mask)
+    elif record.messages and config.loss_on == "all":
+        ids = chat.whole_ids(tokenizer, record.messages, where, config.chat, tools=record.tools)
+        mask = [1] * len(ids)
     elif record.messages:
         done = chat.encode(tokenizer, record.messages, where, config.chat, tools=record.tools, eos_ids=base.eos_ids)
         ids, mask = done.ids, done.mask
@@ -138,11 +134,17 @@ class Chosen:
     funnel: dict[str, Any]
 
 
-def choose(rows: Rows, config: DataConfig, spec: BaseSpec, held: Rows | None = None) -> Chosen:
+def choose(
+    rows: Rows,
+    config: DataConfig,
+    spec: BaseSpec,
+    held: Rows | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> Chosen:
     """Applies data.loss_on, turns, repeats, long_rows and validation to the rows of a folder.
 
-    held: the rows of validation.path. DataError if no row with a token to learn from is left, or if a question of
-    the validation rows is trained on.
+    held: the rows of validation.path. weights: of the rows' parts, where the configuration names none. DataError if
+    no row with a token to learn from is left, or if a question of the validation rows is trained on.
     """
     taken, reasons = len(rows), Counter[str]()
     rows = _fitted(rows, config, spec, reasons)
@@ -171,8 +173,8 @@ def choose(rows: Rows, config: DataConfig, spec: BaseSpec, held: Rows | None = N
             f"data.validation: {len(leaked)} of its questions are trained on too, such as that of"
             f" {rows[at].source}; take them out of one side, or use data.validation.share"
         )
-    weights = {name: source.weight for name, source in config.chosen.items()}
-    weights_N = np.array([weights.get(part, 1.0) for part in rows.text("part")])
+    named = {**(weights or {}), **{name: source.weight for name, source in config.chosen.items()}}
+    weights_N = np.array([named.get(part, 1.0) for part in rows.text("part")])
     funnel = {"in": taken, "kept": len(rows), "validation": len(measured), "quarantined": dict(reasons)}
     return Chosen(rows, measured, weights_N, funnel)
 
@@ -187,6 +189,9 @@ def _fitted(rows: Rows, config: DataConfig, spec: BaseSpec, reasons: Counter[str
     if config.loss_on == "all":
         rows = rows.learned(np.ones_like(rows.mask))
     elif config.turns == "last":
+        last_N = _last_rows(rows)
+        reasons["earlier_turn"] += int((~last_N).sum())
+        rows = rows.select(last_N)
         rows = rows.learned(last_turns(rows))
     if config.repeats == "drop":
         seen = {content: n for n, content in reversed(list(enumerate(rows.contents())))}
@@ -211,6 +216,15 @@ def _fitted(rows: Rows, config: DataConfig, spec: BaseSpec, reasons: Counter[str
     for name in [name for name, n in reasons.items() if not n]:
         del reasons[name]
     return rows.select(learns_N)
+
+
+def _last_rows(rows: Rows) -> np.ndarray:
+    """last_N: whether row n is the last of its chat, which may be several rows: <id>, <id>/1, <id>/2."""
+    names = [row_id.partition("/") for row_id in rows.text("id")]
+    last: dict[str, int] = {}
+    for name, _, n in names:
+        last[name] = max(last.get(name, 0), int(n or 0))
+    return np.array([int(n or 0) == last[name] for name, _, n in names], dtype=bool)
 
 
 def last_turns(rows: Rows) -> np.ndarray:

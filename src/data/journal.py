@@ -5,10 +5,12 @@
     rows-00003.parquet     a full shard, published atomically; its journal is gone then
     refused/00003.jsonl    the rows of that shard that can never be answered, and why
     failed-00000.jsonl     what process 0 could not get answered in its last run; tried again in the next
+    served.json            what the answers came from, noted before the first one: no other may go on with the job
     manifest.json          written last: every row is out or in quarantine.jsonl
 
 A shard's rows are fixed by their place in `asked`, and process r of w owns every w-th shard, so nothing about who
-did what is saved, and the number of processes may change between runs.
+did what is saved, and the number of processes may change between runs. An open journal is locked, so that processes
+of an earlier run that are still alive cannot write a shard together with those of the next.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ from typing import Any
 from draftsmith import artifacts
 from draftsmith.data.records import Record
 from draftsmith.data.rows import Row, shard_name, to_table, write_shard
-from draftsmith.errors import DataError, RowError
+from draftsmith.errors import ConfigError, DataError, RowError
 
 ASKED, RECORDS, QUARANTINE = "asked", "records.jsonl", "quarantine.jsonl"
+SERVED = "served.json"
 Item = tuple[str, Record]  # key (content hash and occurrence), what is asked
 
 
@@ -76,7 +79,8 @@ def _plain(record: Record) -> dict[str, Any]:
 
 
 class Shard:
-    """Some consecutive items of a job. settle() or refuse() each key once; publish() when none is missing."""
+    """Some consecutive items of a job. settle() or refuse() each key once; publish() when none is missing. Between
+    open() and close() or publish() nobody else, in this process or another, can open it."""
 
     def __init__(self, out: Path, number: int, items: Sequence[Item]) -> None:
         self.out, self.number, self.items = out, number, items
@@ -85,25 +89,53 @@ class Shard:
         self.rows: dict[str, list[Row]] = {}
         self.refused: dict[str, dict[str, Any]] = {}
         self._file: Any = None
+        self._left: set[str] = set()
         self._whole = 0  # bytes of the journal that are whole lines
 
     @property
     def missing(self) -> list[Item]:
         return [(k, r) for k, r in self.items if k not in self.rows and k not in self.refused]
 
+    @property
+    def left(self) -> int:
+        """How many are missing, of an open shard; asked after every row, so it is not counted anew."""
+        return len(self._left)
+
     def open(self) -> Shard:
-        """Reads what an earlier run left in the journal, and cuts a tail that a kill tore."""
+        """Reads what an earlier run left in the journal, and cuts a tail that a kill tore; nothing if it is open
+        already. ConfigError while another process has it open; a killed one has not."""
+        if self._file is not None:
+            return self
         with artifacts.disk(self.journal, "the journal"):
-            self.journal.parent.mkdir(parents=True, exist_ok=True)
-            # unbuffered: a buffer that the disk refused would be written again on closing
-            self._file = open(self.journal, "ab+", buffering=0)  # noqa: SIM115 (closed by publish or close)
+            self._file = self._locked()
+            self._left = {key for key, _ in self.items}
             self._whole = 0
-            for line in self.journal.read_bytes().split(b"\n")[:-1]:
+            self._file.seek(0)
+            for line in self._file.readall().split(b"\n")[:-1]:
                 if not self._remember(line):
                     break
                 self._whole += len(line) + 1
             self._file.truncate(self._whole)
         return self
+
+    def _locked(self) -> Any:
+        """The journal, open and this shard's alone until it is closed."""
+        while True:
+            self.journal.parent.mkdir(parents=True, exist_ok=True)
+            # unbuffered: a buffer that the disk refused would be written again on closing
+            file = open(self.journal, "ab+", buffering=0)  # noqa: SIM115 (closed by publish or close)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), os.stat(self.journal)):
+                        return file
+            except BlockingIOError:
+                file.close()
+                raise ConfigError(f"{self.journal}: is being written by another process; let it end") from None
+            except BaseException:
+                file.close()
+                raise
+            file.close()  # its writer published the shard, and removed this file, before we had the lock
 
     def settle(self, key: str, rows: Sequence[Row]) -> None:
         """These are the rows of `key`: a kill leaves them, a power cut too once sync() returned."""
@@ -120,23 +152,32 @@ class Shard:
                 os.fdatasync(self._file.fileno())
 
     def publish(self) -> None:
-        """The shard under its final name; rows in the order of the items, so the same rows are the same bytes."""
-        assert not self.missing, f"shard {self.number}: {len(self.missing)} rows are missing"
+        """The shard under its final name; rows in the order of the items, so the same rows are the same bytes.
+        DataError if rows are missing, or the whole folder is sealed already."""
+        if missing := len(self.missing):
+            raise DataError(f"{self.path}: {missing} of {len(self.items)} rows are missing; it cannot be published")
+        if artifacts.is_complete(self.out):
+            raise DataError(f"{self.out}: is complete already; {self.path.name} stays as it is")
         refused = [self.refused[key] for key, _ in self.items if key in self.refused]
         listed = self.out / "refused" / f"{self.number:05d}.jsonl"
         with artifacts.disk(listed, "a shard"):
             listed.parent.mkdir(parents=True, exist_ok=True)
             write_lines(listed, refused)
         write_shard(self.path, to_table([row for key, _ in self.items for row in self.rows.get(key, [])]))
+        self.discard()
+
+    def discard(self) -> None:
+        """Closes the journal and removes it, in an order that leaves nobody else with a file without a name."""
+        with artifacts.disk(self.journal, "the journal"):
+            self.journal.unlink(missing_ok=True)
         self.close()
-        self.journal.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Lets go of the journal and of what it holds; open() reads it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        self.rows, self.refused = {}, {}
+        self.rows, self.refused, self._left = {}, {}, set()
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
@@ -149,7 +190,8 @@ class Shard:
                     self._file.truncate(self._whole)
                 raise
         self._whole += len(line)
-        assert self._remember(line)
+        readable = self._remember(line)
+        assert readable
 
     def _remember(self, line: bytes) -> bool:
         try:
@@ -160,6 +202,7 @@ class Shard:
                 self.rows[entry["key"]] = [Row(**row) for row in entry["rows"]]
         except (ValueError, KeyError, TypeError):
             return False
+        self._left.discard(entry["key"])
         return True
 
 
@@ -174,10 +217,42 @@ class Job:
         self.failed: dict[str, str] = {}
 
     def todo(self) -> Iterator[Shard]:
-        """This process's open shards, journals read."""
+        """This process's open shards, journals read. ConfigError at one that another process is still writing."""
         for shard in self.shards[self.rank :: self.world]:
-            if not shard.path.exists():
-                yield shard.open()
+            if shard.path.exists():
+                continue
+            shard.open()
+            if shard.path.exists():  # published by somebody else before we had the lock
+                shard.discard()
+            else:
+                yield shard
+
+    def bind(self, name: str, value: str) -> None:
+        """Notes in served.json that the job's answers come from this, for all its processes and runs. ConfigError
+        if it was noted otherwise before."""
+        with self._alone():
+            bound = self._bound()
+            if name not in bound:
+                artifacts.write_json(self.out / SERVED, {**bound, name: value})
+            elif bound[name] != value:
+                raise ConfigError(
+                    f"{self.out / SERVED}: the {name} is '{value}' now and was '{bound[name]}' when this job began;"
+                    " go on with that one, or choose another folder"
+                )
+
+    def _bound(self) -> dict[str, str]:
+        path = self.out / SERVED
+        bound = artifacts.read_json(path) if path.exists() else {}
+        if not isinstance(bound, dict):
+            raise DataError(f"{path}: is no JSON object; it is damaged")
+        return bound
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits until no other process is in here."""
+        with artifacts.disk(self.out, "a lock"), open(self.out / ".seal.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def fail(self, key: str, why: str) -> None:
         """`key` got no answer this time; its shard stays open for the next run."""
@@ -195,9 +270,9 @@ class Job:
 
     def seal(self, **facts: Any) -> bool:
         """Marks the folder complete once every process's shards are there; False before. Whichever process is
-        last does it. DataError unless the rows and the quarantine are, together, exactly what was asked."""
-        with artifacts.disk(self.out, "a lock"), open(self.out / ".seal.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        last does it. DataError unless the rows and the quarantine are, together, exactly what was asked. What was
+        bound goes into the manifest, under `served`."""
+        with self._alone():
             if artifacts.is_complete(self.out):
                 return True
             if not all(shard.path.exists() for shard in self.shards):
@@ -212,6 +287,8 @@ class Job:
                 told = ", ".join(f"{reason} {n}" for reason, n in reasons.items())
                 raise DataError(f"{self.out}: 0 of {funnel['in']} rows left ({told}); see {self.out / QUARANTINE}")
             names = [s.path.name for s in self.shards] + [QUARANTINE, f"{ASKED}/{RECORDS}"]
+            if bound := self._bound():
+                facts["served"] = bound
             artifacts.seal(self.out, names, kind="rows", funnel=funnel, **counts, **facts)
         for litter in ("journal", "refused"):
             shutil.rmtree(self.out / litter, ignore_errors=True)

@@ -98,7 +98,8 @@ def is_loopback(url: str) -> bool:
 
 
 class NonsenseError(Exception):
-    """The server said 200 and something that is no answer. kind: `nonsense`, or `ids` where ids are missing."""
+    """The server said 200 and something that is no answer. kind: `nonsense`, or `ids` where ids are missing. It may
+    quote the server at length and with the key in it; said() makes it fit to be written down."""
 
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(why)
@@ -165,7 +166,7 @@ def _choice(body: Any) -> tuple[dict[str, Any], str, str]:
     """(the only choice, its text, `stop` or `length`)."""
     choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise NonsenseError("nonsense", f"200 without choices: {said(body)}")
+        raise NonsenseError("nonsense", f"200 without choices: {_line(body)}")
     choice = choices[0]
     message = choice.get("message")
     text = message.get("content") if isinstance(message, dict) else choice.get("text")
@@ -175,7 +176,7 @@ def _choice(body: Any) -> tuple[dict[str, Any], str, str]:
         raise NonsenseError("nonsense", "200 with a choice without text")
     finish = choice.get("finish_reason")
     if finish not in (*ENDED, "length"):
-        raise NonsenseError("nonsense", f"finish_reason {said(finish)}")  # such as `abort`: a server shutting down
+        raise NonsenseError("nonsense", f"finish_reason {_line(finish)}")  # such as `abort`: a server shutting down
     return choice, text, "length" if finish == "length" else "stop"
 
 
@@ -217,6 +218,15 @@ def _end_id(setting: Setting, where: str) -> int:
 
 def said(value: Any, secret: str | None = None) -> str:
     """One short line of what a server said; the key, should it echo it, crossed out."""
+    text = _line(value)
+    if secret:  # before the text is cut: half a key at its end would be found by nobody
+        for spelt in (json.dumps(secret)[1:-1], secret):
+            text = text.replace(spelt, "***")
+    return text if len(text) <= SAID else text[: SAID - 1] + "…"
+
+
+def _line(value: Any) -> str:
+    """What a server said, in one line, whole."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str):
@@ -226,8 +236,7 @@ def said(value: Any, secret: str | None = None) -> str:
         if isinstance(value, dict) and value.get(name):
             value = value[name]
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = " ".join((text.replace(secret, "***") if secret else text).split())
-    return text if len(text) <= SAID else text[: SAID - 1] + "…"
+    return " ".join(text.split())
 
 
 def chosen_model(wanted: str | None, served: list[str], url: str) -> str:

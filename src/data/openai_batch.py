@@ -11,6 +11,7 @@ moment costs nothing. vLLM's runner (0.32) knows /v1/chat/completions only, so u
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from draftsmith.data.breaker import meaning
 from draftsmith.data.generate import Conversation, Setting
 from draftsmith.data.journal import Job, write_lines
 from draftsmith.data.openai_api import PATHS, NonsenseError, PromptError, ServerConfig, read_answer, request_body, said
-from draftsmith.errors import DataError, PeerError, RowError
+from draftsmith.errors import ConfigError, DataError, PeerError, RowError
 
 
 def exchange(job: Job, setting: Setting, config: ServerConfig, folder: Path) -> Path | None:
@@ -29,12 +30,23 @@ def exchange(job: Job, setting: Setting, config: ServerConfig, folder: Path) -> 
 
     Rows that failed are asked again in the next round; after config.attempts failures in a row they are left in
     job.failed and the next round goes without them; where no other rows are left, all of them are asked afresh.
-    config.model null leaves the name out, which vLLM's runner takes for its own. PeerError if a whole round was
-    refused; DataError if the files are not of this job.
+    config.model null leaves the name out, which vLLM's runner takes for its own. A round, once written, is never
+    touched again. PeerError if a whole round was refused; DataError if the files are not of this job; ConfigError
+    if other processes share the job, or it was begun with another model.
     """
+    if job.world > 1:
+        raise ConfigError("data.generation.engine=batch: one process writes the rounds; start it alone")
+    job.bind("model", config.model or "")
+    try:
+        return _exchange(_Batch(job, setting, config), folder)
+    finally:
+        for shard in job.shards:
+            shard.close()
+
+
+def _exchange(batch: _Batch, folder: Path) -> Path | None:
     with artifacts.disk(folder, "batch files"):
         folder.mkdir(parents=True, exist_ok=True)
-    batch = _Batch(job, setting, config)
     number = 0
     while (folder / _name(number, "out")).exists():
         if not (folder / _name(number, "in")).exists():
@@ -42,10 +54,9 @@ def exchange(job: Job, setting: Setting, config: ServerConfig, folder: Path) -> 
         batch.take(folder / _name(number, "in"), folder / _name(number, "out"))
         number += 1
     batch.settle()
-    job.tell_failed()
+    batch.job.tell_failed()
     path = folder / _name(number, "in")
     if not batch.open:
-        path.unlink(missing_ok=True)
         return None
     if not path.exists():  # asked once, a round stays as it is: it may be under way
         write_lines(path, batch.requests())
@@ -62,6 +73,7 @@ class _Batch:
 
     def __init__(self, job: Job, setting: Setting, config: ServerConfig) -> None:
         self.job, self.setting, self.config = job, setting, config
+        self.secret = os.environ.get(config.api_key_env or "", "").strip() or None  # the runner's, if anybody's
         self.shards = list(job.todo())
         self.open: dict[str, Conversation] = {}
         self.over: dict[str, Conversation | RowError] = {}
@@ -101,7 +113,7 @@ class _Batch:
             except RowError as why:
                 refusals[key] = why
             except (NonsenseError, _FailedError) as why:
-                self._failed(key, str(why))
+                self._failed(key, self._said(str(why)))
         for name in wanted - known:
             self._failed(name.rpartition("#")[0], "the batch holds no answer")
         if refusals and not self.heard:
@@ -132,13 +144,13 @@ class _Batch:
         status = response.get("status_code") if isinstance(response, dict) else None
         body = response.get("body") if isinstance(response, dict) else None
         if not isinstance(status, int) or (error and meaning(status) == "ok"):
-            raise _FailedError(said(error or "no response"))
+            raise _FailedError(self._said(error or "no response"))
         if isinstance(error, str) and meaning(status) == "refused":  # vLLM's runner itself, not the model's server
-            raise _FailedError(said(error))
+            raise _FailedError(self._said(error))
         if meaning(status) == "refused":
-            raise RowError(c.record.where, "refused", f"{status} {said(error or body)}")
+            raise RowError(c.record.where, "refused", f"{status} {self._said(error or body)}")
         if meaning(status) != "ok":
-            raise _FailedError(f"{status} {said(error or body)}")
+            raise _FailedError(f"{status} {self._said(error or body)}")
         try:
             answer = read_answer(body, c.ask() or [], self.setting, c.record.where)
         except PromptError as e:
@@ -150,6 +162,9 @@ class _Batch:
         self.job.failed.pop(c.key, None)
         self.heard = True
         self._go_on(c.key)
+
+    def _said(self, value: Any) -> str:
+        return said(value, self.secret)
 
     def _failed(self, key: str, why: str) -> None:
         if key in self.open:

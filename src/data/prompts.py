@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -54,11 +55,13 @@ def make_up(config: PromptsConfig, exclude: frozenset[str] = frozenset()) -> lis
 
 def user_turns(records: Iterable[Record]) -> frozenset[str]:
     """The keys of everything a user said in these, for holding others out."""
-    return frozenset(
-        _key(said)
-        for r in records
-        for said in ([r.prompt] if r.prompt else [m["content"] for m in r.messages if m["role"] == "user"])
-    )
+    return frozenset(_key(said) for r in records for said in _user_said(r))
+
+
+def _user_said(r: Record) -> list[str]:
+    told = json.loads(r.kept["said"]) if r.kept.get("said") else {}
+    prompt, messages = r.prompt or told.get("prompt"), r.messages or told.get("messages", ())
+    return [prompt] if prompt else [m["content"] for m in messages if m["role"] == "user"]
 
 
 def _key(said: str) -> str:

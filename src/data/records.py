@@ -6,7 +6,7 @@ completion, or token ids with a mask. Nothing is guessed: what is wrong is a Row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from draftsmith.artifacts import fingerprint
@@ -19,7 +19,8 @@ Message = dict[str, Any]  # role, content; an assistant's may have tool_calls, a
 @dataclass(frozen=True)
 class Record:
     """Exactly one of: messages; text; prompt (with or without completion); ids (with mask). `where` is file:row,
-    `source` the name of the source it came from. tools: what the chat template is to offer, if anything."""
+    `source` the name of the source it came from. tools: what the chat template is to offer, if anything. kept: what a
+    row of ours already says of itself (asked, said, source, seed, finish)."""
 
     where: str
     messages: tuple[Message, ...] = ()
@@ -30,6 +31,7 @@ class Record:
     mask: tuple[int, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     source: str = ""
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def content(self) -> str:
@@ -41,6 +43,8 @@ class Record:
     def asked(self) -> str:
         """sha256 of what is asked, without the answers: rows that share it must not be split between training
         and validation. Token rows and plain text are asked what they are."""
+        if self.kept.get("asked"):
+            return str(self.kept["asked"])
         if self.messages:
             return fingerprint([m for m in self.messages if m["role"] != "assistant"])
         return fingerprint(self.prompt or self.text or self.ids)

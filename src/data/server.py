@@ -52,7 +52,8 @@ def answer_job(job: Job, setting: Setting, config: ServerConfig, told: Told) -> 
     job.failed where rows got no answer. told(done, failed): rows of this process's unpublished shards that are
     settled or refused, an earlier run's included once their shard is opened, and rows failed so far.
 
-    ConfigError: key, address or model are wrong; before any row. PeerError: no server is there, or one says 401,
+    ConfigError: key, address or model are wrong, or the model is not the one that the job's other rows come from;
+    before any row. PeerError: no server is there, or one says 401,
     403, 404 or the like, at once. DataError: the server's chat template is not the base's. Interrupted: SIGTERM,
     SIGINT or SIGUSR1. Whatever happens, the rows that are settled stay.
     """
@@ -152,6 +153,7 @@ class _Run:
         self.opened: list[Shard] = []
         self.unfinished: dict[int, int] = {}  # shard number -> rows of it that are still being asked
         self.done = 0
+        self.model: str | None = None  # what the job is bound to
         self.believed = False  # whether any row was ever answered
         self.same_prompt = False  # whether a server ever confirmed our prompt ids
         self.doubtful: list[tuple[Shard, str, RowError]] = []  # refusals, until there is reason to believe them
@@ -235,9 +237,13 @@ class _Run:
             await asyncio.sleep(min(left, backoff(tries, self.config.backoff, self.config.backoff_limit)))
 
     def _one_model(self) -> None:
+        """One name for all servers and runs; a server that was started again may have come back with another."""
         models = {s.model for s in self.servers if s.model is not None}
         if len(models) > 1:
             raise ConfigError(f"server.model: the servers serve {' and '.join(sorted(models))}; give one")
+        if models and models != {self.model}:
+            self.model = models.pop()
+            self.job.bind("model", self.model)
 
     async def _watch(self, server: _Server) -> None:
         """Probes a server whose breaker is open."""
@@ -286,7 +292,7 @@ class _Run:
                 shard.settle(key, end.rows())
             self.dirty.add(shard.number)
             self.unfinished[shard.number] -= 1
-            if not shard.missing:
+            if not shard.left:
                 shard.publish()
             elif not self.unfinished[shard.number]:
                 shard.close()
@@ -356,10 +362,10 @@ class _Run:
         return answer
 
     def _pause(self, server: _Server, wait: float | None) -> None:
-        """429: everybody waits, nobody's attempts are used up. The server's wish counts up to `patience`."""
+        """429: everybody waits, nobody's attempts are used up. A pause is at most `patience` long."""
         server.throttles += 1
         jitter = backoff(server.throttles, self.config.backoff, self.config.backoff_limit, random.random)
-        server.breaker.throttled(jitter if wait is None else min(wait, self.config.patience))
+        server.breaker.throttled(min(jitter if wait is None else wait, self.config.patience))
 
     async def _free(self) -> _Server:
         """The least busy server that may be asked. _FailedError once all have been in trouble beyond patience."""

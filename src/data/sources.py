@@ -21,8 +21,15 @@ from draftsmith.errors import ConfigError, DataError, RowError
 LONGEST = 64 * 1024 * 1024  # bytes of one JSON line; longer ones are no chat
 CHUNK = 1024 * 1024  # bytes of a line that is too long, at a time
 SPARE = 64  # levels that a row may be nested deeper where it is read next, and Python still reads it
-KINDS = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".ndjson", ".json")  # of a folder, the first kind it has is read
+KINDS = {  # a folder is read if its files are of one kind; .json counts where there is nothing else
+    "Parquet": (".parquet",),
+    "Arrow": (".arrow",),
+    "JSON lines": (".jsonl", ".jsonl.gz", ".ndjson"),
+    "JSON": (".json",),
+}
+SUFFIXES = ", ".join(suffix for suffixes in KINDS.values() for suffix in suffixes)
 SHAPES = ("auto", "messages", "sharegpt", "alpaca", "completion", "prompt", "text", "tokens")
+LEAST, MOST = 0.001, 1000  # weights of a source
 Raw = tuple[str, dict[str, Any] | RowError]  # file:row, and the object there or what is wrong with it
 
 
@@ -50,48 +57,86 @@ class SourceConfig:
             raise ConfigError("path, hub: give one of them; files, or a hub id")
         if self.shape not in SHAPES:
             raise ConfigError(f"shape='{self.shape}': choose one of {', '.join(SHAPES)}")
-        if not 0 < self.weight < float("inf"):
-            raise ConfigError(f"weight={self.weight}: give a positive number")
+        if not LEAST <= self.weight <= MOST:
+            raise ConfigError(f"weight={self.weight}: give a number from {LEAST} to {MOST}")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit={self.limit}: give at least 1, or null for all")
 
 
 def check(source: SourceConfig) -> None:
-    """DataError if a local source is not there: asked before anything is loaded."""
+    """DataError if a local source is not there, or is something else of ours than rows: asked before anything is
+    loaded."""
     if source.path is not None:
-        files(source.path)
+        for folder in {p.parent for p in files(source.path, source.split)}:
+            kind = published_as(folder)
+            if kind not in (None, "rows"):
+                raise DataError(f"{folder}: holds {kind}, not rows")
 
 
-def files(path: str) -> list[Path]:
-    """The files behind a path, sorted; a folder gives those of one kind (KINDS), in all its folders."""
+def published_as(folder: Path) -> str | None:
+    """What a folder that we published holds; None for anybody else's."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        facts = json.loads((folder / MANIFEST).read_bytes())
+    except ValueError:
+        return None
+    ours = isinstance(facts, dict) and isinstance(facts.get("files"), dict)
+    return str(facts["kind"]) if ours and "kind" in facts else None
+
+
+def files(path: str, split: str = "train") -> list[Path]:
+    """The files behind a path, sorted. A folder is read with all its folders; one that `datasets` saved, as it says:
+    of several splits, `split`."""
     found = Path(path)
     if found.is_dir():
-        for kind in KINDS:
-            some = sorted(p for p in found.rglob(f"*{kind}") if _visible(p.relative_to(found)) and p.name != MANIFEST)
-            if some:
-                return some
-        raise DataError(f"{path}: no file in it that is one of {', '.join(KINDS)}")
+        return _of_folder(found, split)
     some = [found] if found.is_file() else [Path(p) for p in sorted(glob.glob(path, recursive=True))]
     some = [p for p in some if p.is_file()]
     if not some:
         raise DataError(f"{path}: no such file or folder, and no file matches it")
     for p in some:
         if _reader(p) is None:
-            raise DataError(f"{p}: unknown kind of file; sources are {', '.join(KINDS)} (.jsonl for JSON lines)")
+            raise DataError(f"{p}: unknown kind of file; sources are {SUFFIXES}")
     return some
+
+
+def _of_folder(folder: Path, split: str) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file():  # saved by `datasets`, split by split
+        if not (folder / split).is_dir():
+            splits = sorted(p.parent.name for p in folder.glob("*/state.json"))
+            raise DataError(f"{folder}: no split '{split}'; there are {', '.join(splits)}")
+        return _of_folder(folder / split, split)
+    if (folder / "state.json").is_file():  # it also leaves cache-….arrow files beside the data
+        try:
+            return [folder / f["filename"] for f in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+        except (ValueError, KeyError, TypeError) as e:
+            raise DataError(f"{folder / 'state.json'}: does not list the data's files ({e!r})") from None
+    there = sorted(p for p in folder.rglob("*") if _visible(p.relative_to(folder)) and p.is_file())
+    kinds = {kind: [p for p in there if p.name.lower().endswith(ends)] for kind, ends in KINDS.items()}
+    kinds["JSON"] = [p for p in kinds["JSON"] if p.name != MANIFEST]
+    held: dict[str, list[Path]] = {kind: paths for kind, paths in kinds.items() if paths}
+    if len(held) > 1:
+        held.pop("JSON", None)
+    if not held:
+        raise DataError(f"{folder}: no file in it that is one of {SUFFIXES}")
+    if len(held) > 1:
+        named = " and ".join(f"{kind} ({paths[0].name})" for kind, paths in held.items())
+        raise DataError(f"{folder}: holds {named}; name one kind, such as {folder}/*{KINDS[next(iter(held))][0]}")
+    return next(iter(held.values()))
 
 
 def content_sha256(source: SourceConfig) -> str:
     """What a source holds, as a hash: of its files' bytes; of a hub id's name and revision."""
     told: dict[str, Any] = {k: v for k, v in vars(source).items() if k not in ("path", "weight")}
     if source.path is not None:
-        told["files"] = [file_sha256(p) for p in files(source.path)]
+        told["files"] = [file_sha256(p) for p in files(source.path, source.split)]
     return fingerprint(told)
 
 
 def read(source: SourceConfig) -> Iterator[Raw]:
     """Every row of the source in its order, up to its limit, columns under our names."""
-    rows = _hub(source) if source.hub else (row for p in files(source.path or "") for row in _file(p))
+    rows = _hub(source) if source.hub else (row for p in files(source.path or "", source.split) for row in _file(p))
     for n, (where, value) in enumerate(rows):
         if n == source.limit:
             return
@@ -209,7 +254,7 @@ def _parquet(path: Path) -> Iterator[Raw]:
 
     try:
         batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
-        yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
+        yield from _numbered(path, (_dense(row) for batch in batches for row in batch.to_pylist()))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path}: not Parquet, or damaged ({e})") from None
 
@@ -226,9 +271,16 @@ def _arrow(path: Path) -> Iterator[Raw]:
             except pa.ArrowInvalid:
                 f.seek(0)
                 batches = iter(pa.ipc.open_stream(f))
-            yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
+            yield from _numbered(path, (_dense(row) for batch in batches for row in batch.to_pylist()))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path}: not Arrow, or damaged ({e})") from None
+
+
+def _dense(value: Any) -> Any:
+    """Without the keys that a column's common type gave to rows that never had them."""
+    if isinstance(value, dict):
+        return {k: _dense(v) for k, v in value.items() if v is not None}
+    return [_dense(v) for v in value] if isinstance(value, list) else value
 
 
 def _numbered(path: Path, values: Iterator[Any]) -> Iterator[Raw]:

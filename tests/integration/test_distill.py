@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
-from draftsmith import config, distill
+from draftsmith import config, distill, supply
+from draftsmith.base import lm
+from draftsmith.data import importing
 from draftsmith.data.rows import read_folder
-from draftsmith.errors import ConfigError, DataError
+from draftsmith.data.settings import DataConfig
+from draftsmith.errors import ConfigError, DataError, PeerError
 from tests.integration.conftest import draftsmith, finish, lines, start
 
 GENERATION = ["data.generation.max_new_tokens=10", "data.generation.batch_size=3", "data.generation.shard_rows=4"]
@@ -104,6 +108,61 @@ def test_half_done_by_two_is_finished_by_one(micro: Path, folder: Path, tmp_path
     assert len(contents(tmp_path / "two")) == 2
     answer(micro, folder, f"out={tmp_path / 'two'}")
     assert contents(folder / "one") == contents(tmp_path / "two")
+
+
+def test_another_base_does_not_go_on(micro: Path, folder: Path, tmp_path: Path) -> None:
+    """Whatever its path: a moved base is the same one, other weights in the same place are not."""
+    base = tmp_path / "base"
+    shutil.copytree(micro / "base", base)
+    shutil.copytree(folder / "one", tmp_path / "rows")
+    where = [f"out={tmp_path / 'rows'}", f"base.path={base}"]
+    answer(micro, folder, *where)  # complete, and the same base elsewhere
+    weights = load_file(base / "model.safetensors")
+    changed = {name: tensor + 0.5 * (name == "lm_head.weight") for name, tensor in weights.items()}
+    save_file(changed, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"rows of another base \(weights_sha256 differ\)"):
+        answer(micro, folder, *where)
+    (tmp_path / "rows" / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="rows of another base"):
+        answer(micro, folder, *where)
+
+
+def test_a_complete_folder_that_is_damaged(micro: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "one", tmp_path / "rows")
+    (tmp_path / "rows" / "rows-00001.parquet").unlink()
+    with pytest.raises(DataError, match=r"rows-00001\.parquet: listed in manifest\.json but missing"):
+        answer(micro, folder, f"out={tmp_path / 'rows'}")
+
+
+def test_the_source_may_vanish_once_it_was_read(micro: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copyfile(folder / "asked.jsonl", tmp_path / "asked.jsonl")
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("RANK", "0")
+        m.setenv("WORLD_SIZE", "2")
+        answer(micro, tmp_path, f"out={tmp_path / 'rows'}")
+    (tmp_path / "asked.jsonl").unlink()
+    answer(micro, tmp_path, f"out={tmp_path / 'rows'}")
+    assert len(read_folder(tmp_path / "rows")[0]) == 10
+
+
+def test_nobody_waits_for_a_first_process_that_ended(micro: Path, folder: Path, tmp_path: Path) -> None:
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as m:
+        m.setattr(supply, "START", 0.5)
+        m.setenv("RANK", "1")
+        m.setenv("WORLD_SIZE", "2")
+        with pytest.raises(PeerError, match="the first process did not start"):
+            answer(micro, folder, f"out={tmp_path / 'rows'}")
+
+
+def test_weights_of_prompts_reach_the_training(micro: Path, folder: Path, tmp_path: Path) -> None:
+    named = f"data.prompts.sources={{a: {{path: {folder / 'asked.jsonl'}, weight: 3}}}}"
+    answer(micro, folder, "data.prompts.path=null", named, f"out={tmp_path / 'rows'}")
+    rows, facts = read_folder(tmp_path / "rows")
+    assert facts["weights"] == {"a": 3.0}
+    data = DataConfig(path=str(tmp_path / "rows"))
+    spec = lm.outline(str(micro / "base")).spec
+    assert set(importing.choose(rows, data, spec, None, facts["weights"]).weights_N) == {3.0}
 
 
 def test_a_second_writer_is_refused(micro: Path, folder: Path, tmp_path: Path) -> None:

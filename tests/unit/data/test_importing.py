@@ -69,7 +69,12 @@ def test_every_kind_of_record(imported: Imported, tokenizer: Any) -> None:
     encoded = chat.encode(tokenizer, CHAT["messages"], "")
     done = chat.completion(tokenizer, "the cat", " sat", "", eos_ids=imported.base.eos_ids)
     plain = chat.text_ids(tokenizer, "a cat")
-    wanted = [(encoded.ids, encoded.mask), ([7, 8, 9], [0, 1, 1]), (done.ids, done.mask), (plain, [1] * len(plain))]
+    wanted = [
+        (encoded.ids, [1] * len(encoded.ids)),
+        ([7, 8, 9], [0, 1, 1]),
+        (done.ids, done.mask),
+        (plain, [1] * len(plain)),
+    ]
     assert [(r.ids.tolist(), r.mask.tolist()) for r in found] == wanted  # type: ignore[attr-defined]
     assert [r.source for r in found] == [f"{imported.source}:{n}" for n in (1, 2, 3, 4)]
     assert {r.part for r in found} == {"path"}
@@ -81,6 +86,31 @@ def test_every_kind_of_record(imported: Imported, tokenizer: Any) -> None:
     ]
     assert found[0].id == Record("", messages=(USER, ANSWER)).content[:16] + "-0"
     assert found[0].asked == Record("", messages=(USER,)).asked
+
+
+def test_rows_of_ours_keep_what_they_say_of_themselves(tmp_path: Path, base: FakeBase) -> None:
+    """As one source among others, whole or file by file: the question's hash, the text, the seed."""
+    rows = [
+        row(i, asked=f"q{i // 2}", said='{"prompt": "why?"}', source=f"p:{i}", seed=i, finish="stop") for i in range(6)
+    ]
+    write_rows(tmp_path / "rows", rows, base=dataclasses.asdict(base.spec))
+    for n, path in enumerate(("rows", "rows/*.parquet", ".")):
+        config = DataConfig(sources={"mine": SourceConfig(path=str(tmp_path / path))})
+        out = tmp_path.parent / f"{tmp_path.name}-{n}"
+        import_rows(out, config.sources, config, base, {})
+        found = read_folder(out)[0]
+        told = [(r.asked, r.said, r.source, r.seed, r.finish) for r in found]
+        assert told == [(r.asked, r.said, r.source, r.seed, r.finish) for r in rows]
+        assert {r.part for r in found} == {"mine"}
+
+
+@pytest.mark.parametrize("path", ["rows", "rows/*.parquet", "rows/rows-00000.parquet", "."])
+def test_rows_are_checked_however_they_are_named(tmp_path: Path, base: FakeBase, path: str) -> None:
+    foreign = {**dataclasses.asdict(base.spec), "tokenizer_sha256": "f" * 64}
+    write_rows(tmp_path / "rows", [row(1)], base=foreign)
+    config = DataConfig(path=str(tmp_path / path))
+    with pytest.raises(DataError, match="another tokenizer"):
+        import_rows(tmp_path.parent / f"{tmp_path.name}-out", config.chosen, config, base, {})
 
 
 BAD: list[tuple[Any, str, str]] = [
@@ -282,6 +312,13 @@ def test_last_turns_of_random_masks(seed: int) -> None:
 def many(n: int = 300) -> list[Row]:
     """Rows of which every third asks what its neighbour asks."""
     return [row(i % 250, 5, asked=f"q{i - (i % 3 == 2)}", source=f"f:{i}") for i in range(n)]
+
+
+def test_the_last_turn_of_a_chat_in_several_rows(take: Take) -> None:
+    some = [Row(f"{name}", [1, 2, 3], [0, 0, 1]) for name in ("a-0", "a-0/1", "a-0/2", "b-0")]
+    chosen = take(some, turns="last")
+    assert [r.id for r in chosen.training] == ["a-0/2", "b-0"]
+    assert chosen.funnel["quarantined"] == {"earlier_turn": 2}
 
 
 def test_the_share_for_validation(take: Take) -> None:

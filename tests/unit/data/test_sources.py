@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from draftsmith import artifacts
 from draftsmith.data import sources
 from draftsmith.data.sources import SourceConfig, content_sha256, files, read
 from draftsmith.errors import ConfigError, DataError, RowError
@@ -262,10 +263,49 @@ def test_folders(tmp_path: Path) -> None:
     assert [v["prompt"] for v in found(f"{tmp_path}/**/*.jsonl")] == ["a/y/x.jsonl", "a/z.jsonl", "b.jsonl"]
 
 
-def test_a_folder_with_several_kinds_gives_the_first(tmp_path: Path) -> None:
-    for name in ("a.json", "a.jsonl.gz", "a.jsonl", "a.arrow", "a.parquet"):
-        WRITERS[name](tmp_path / name, [{"prompt": name}])
-        assert found(tmp_path) == [{"prompt": name}]
+def test_a_folder_of_several_kinds_is_not_guessed(tmp_path: Path) -> None:
+    """All forms of JSON lines are one kind; a .json beside others describes them; two kinds are an error."""
+    for name in ("a.json", "a.jsonl.gz", "b.jsonl", "c.ndjson"):
+        WRITERS[name if name in WRITERS else "a.jsonl"](tmp_path / name, [{"prompt": name}])
+    assert [v["prompt"] for v in found(tmp_path)] == ["a.jsonl.gz", "b.jsonl", "c.ndjson"]
+    WRITERS["a.parquet"](tmp_path / "a.parquet", [{"prompt": "p"}])
+    with pytest.raises(DataError, match=r"holds Parquet \(a\.parquet\) and JSON lines \(a\.jsonl\.gz\); name one kind"):
+        found(tmp_path)
+    assert found(tmp_path / "*.parquet") == [{"prompt": "p"}]
+
+
+def test_what_datasets_saved_is_read_as_it_says(tmp_path: Path) -> None:
+    """Its cache files lie beside the data and are none of it; of several splits one is read."""
+    import datasets
+
+    saved = datasets.Dataset.from_list([{"prompt": str(i)} for i in range(5)])
+    saved.save_to_disk(str(tmp_path / "one"))
+    reloaded = datasets.load_from_disk(str(tmp_path / "one"))
+    reloaded.map(lambda row: {"prompt": row["prompt"] + "!"})
+    assert len(list((tmp_path / "one").glob("*.arrow"))) == 2
+    assert [v["prompt"] for v in found(tmp_path / "one")] == ["0", "1", "2", "3", "4"]
+    both = datasets.DatasetDict({"train": saved, "test": saved.select([0])})
+    both.save_to_disk(str(tmp_path / "two"))
+    assert len(found(tmp_path / "two")) == 5
+    assert len(found(tmp_path / "two", split="test")) == 1
+    with pytest.raises(DataError, match="no split 'dev'; there are test, train"):
+        found(tmp_path / "two", split="dev")
+
+
+@pytest.mark.parametrize("facts", [b"[1]", b"{", b'{"files": 3}', b'{"kind": "rows"}'])
+def test_somebody_elses_manifest(tmp_path: Path, facts: bytes) -> None:
+    file(tmp_path, lines([{"prompt": "a"}]), "a.jsonl")
+    file(tmp_path, facts, "manifest.json")
+    assert sources.published_as(tmp_path) is None
+    sources.check(SourceConfig(path=str(tmp_path)))
+
+
+def test_labels_are_no_rows(tmp_path: Path) -> None:
+    with artifacts.publish(tmp_path / "labels", kind="labels") as temporary:
+        WRITERS["a.parquet"](temporary / "rows-00000.parquet", [{"prompt": "p"}])
+    for path in ("labels", "labels/*.parquet", "labels/rows-00000.parquet"):
+        with pytest.raises(DataError, match="labels: holds labels, not rows"):
+            sources.check(SourceConfig(path=str(tmp_path / path)))
 
 
 def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
@@ -333,6 +373,8 @@ def test_the_content_hash_is_of_bytes_not_of_places(tmp_path: Path) -> None:
         ({"path": "x", "weight": -1.0}, "weight=-1"),
         ({"path": "x", "weight": float("nan")}, "weight=nan"),
         ({"path": "x", "weight": float("inf")}, "weight=inf"),
+        ({"path": "x", "weight": 1e6}, "weight=1000000"),
+        ({"path": "x", "weight": 1e-6}, "weight=1e-06"),
         ({"path": "x", "limit": 0}, "limit=0"),
     ],
 )
