@@ -60,7 +60,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     report: dict[str, Any] = {"environment": environment(own.device)}
     findings: list[Finding] = list(_surroundings(report["environment"]))
     base = prepare.load_base(base_config, own.device)
-    findings += checks.thinking_choice(base.tokenizer, data.chat) if base.tokenizer else []
     try:
         findings += _data(data, base, own, report)
     except DraftsmithError as e:
@@ -78,44 +77,78 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _data(data: DataConfig, base: BaseLM, own: DoctorConfig, report: dict[str, Any]) -> Iterator[Finding]:
-    from draftsmith.data import checks
+    from draftsmith.data import checks, looks
     from draftsmith.data.rows import read_folder
 
     supply.check(data)
-    contents: list[Any]
+    looked = data
     if data.prompts is None and data.path and supply.is_rows(data.path):
         whole, facts = read_folder(Path(data.path))
+        made = (facts.get("chat") or {}).get("thinking")
         yield from checks.origin(facts, base.spec, Path(data.path))
-        report["funnel"] = {**facts.get("funnel", {"in": len(whole), "kept": len(whole), "quarantined": {}})}
-        contents, asked = whole.contents(), set(whole.text("asked"))
+        yield from checks.other_thinking(made, base.tokenizer, data.chat)
+        if made is not None:  # the rows are looked at as what they are
+            looked = dataclasses.replace(data, chat=dataclasses.replace(data.chat, thinking=made))
+        report["funnel"] = facts.get("funnel") or {"in": len(whole), "kept": len(whole), "quarantined": {}}
+        asked = set(whole.text("asked"))
+        yield from checks.repeats(whole.contents())
         rows = whole.select(_spread(len(whole), own.sample))
+        report["sample"] = {"looked_at": len(rows), "refused": {}, "encoded": len(rows)}
     else:
-        records, funnel = _records(data, own)
-        rows = _encoded(records, data, base, own, funnel)
-        report["funnel"] = funnel.facts
-        yield from checks.refusals(funnel.reasons, funnel.taken, data.on_bad, funnel.firsts)
-        contents, asked = [r.content for r in records], {r.asked for r in records}
-    report["funnel"]["looked_at"] = len(rows)
-    yield from checks.repeats(contents)
+        records, read = _records(data, own)
+        report["funnel"] = read.facts
+        yield from checks.refusals(read.reasons, read.taken, f"{read.taken:,} rows", data.on_bad, read.firsts)
+        yield from checks.repeats([r.content for r in records])
+        unsaid = [*checks.thinking_choice(base.tokenizer, data.chat)] if any(r.messages for r in records) else []
+        yield from unsaid
+        if unsaid:  # no chat can be encoded
+            return
+        asked = {r.asked for r in records}
+        rows, seen = _encoded(records, data, base, own)
+        report["sample"] = {"looked_at": seen.taken, "refused": seen.facts["quarantined"], "encoded": len(rows)}
+        some = f"the {seen.taken:,} looked at"
+        yield from checks.refusals(seen.reasons, seen.taken, some, data.on_bad, seen.firsts)
     if not len(rows):
         raise DataError("0 rows are left to look at")
-    report["lengths"], report["context"] = checks.lengths(rows), base.spec.max_positions
+    report["lengths"], report["context"] = looks.lengths(rows), base.spec.max_positions
     if data.prompts is not None:  # no answers yet: the base will write them
         return
-    sample = checks.Sample(rows, base.tokenizer, base.eos_ids, base.spec, data)
+    yield from _inspected(checks.Sample(rows, base.tokenizer, base.eos_ids, base.spec, looked), base, own, report)
+    yield from _overlap(data, base, asked)
+
+
+def _inspected(sample: Sample, base: BaseLM, own: DoctorConfig, report: dict[str, Any]) -> Iterator[Finding]:
+    """What rows with answers are asked."""
+    from draftsmith.data import checks, looks
+
+    rows = sample.rows
     yield from checks.inspect(sample)
-    measured = supply.measured_rows(data, base)
-    if measured is not None:
-        yield from checks.overlap(asked, read_folder(measured, base.spec)[0])
+    report["learned"] = float(rows.counts(0)[:, 0].sum() / max(1, rows.lengths_N.sum()))
+    report["shown"] = looks.shown(rows, base.tokenizer, own.show)
     if own.policy_tokens:
         report["policy"] = _policy(sample, base, own)
         yield from checks.off_policy(report["policy"])
-    report["learned"] = float(rows.counts(0)[:, 0].sum() / max(1, rows.lengths_N.sum()))
-    report["shown"] = checks.shown(sample, own.show)
+
+
+def _overlap(data: DataConfig, base: BaseLM, asked: set[str]) -> Iterator[Finding]:
+    """asked: what all the training rows ask."""
+    from draftsmith.data import checks
+    from draftsmith.data.rows import read_folder
+
+    try:
+        measured = supply.measured_rows(data, base)
+    except ConfigError:
+        unsaid = [*checks.thinking_choice(base.tokenizer, data.chat)]  # these chats have to be encoded, too
+        if not unsaid:
+            raise
+        yield from unsaid
+        return
+    if measured is not None:
+        yield from checks.overlap(asked, read_folder(measured, base.spec)[0])
 
 
 def _records(data: DataConfig, own: DoctorConfig) -> tuple[list[Record], Funnel]:
-    """Up to own.read records of each source."""
+    """Up to own.read records of each source, and what became of all that was read."""
     from draftsmith.data.funnel import Funnel, intake
     from draftsmith.data.prompts import make_up
 
@@ -129,20 +162,23 @@ def _records(data: DataConfig, own: DoctorConfig) -> tuple[list[Record], Funnel]
         return list(intake(few, funnel)), funnel
 
 
-def _encoded(records: list[Record], data: DataConfig, base: BaseLM, own: DoctorConfig, funnel: Funnel) -> Rows:
-    """own.sample of the records, evenly spread, as rows; what does not fit is counted."""
+def _encoded(records: list[Record], data: DataConfig, base: BaseLM, own: DoctorConfig) -> tuple[Rows, Funnel]:
+    """own.sample of the records, evenly spread, as rows, and what became of them."""
     from draftsmith.data import importing
+    from draftsmith.data.funnel import Funnel
     from draftsmith.data.rows import Rows
     from draftsmith.errors import RowError
 
     rows: list[Row] = []
+    seen = Funnel(Path(os.devnull))
     for n in _spread(len(records), own.sample):
+        seen.taken += 1
         try:
             asked = data.prompts is not None
             rows.append(_asked(records[n], data, base) if asked else importing.row_of(records[n], data, base, 0))
         except RowError as e:
-            funnel.count(e)
-    return Rows.of(rows)
+            seen.count(e)
+    return Rows.of(rows), seen
 
 
 def _asked(record: Record, data: DataConfig, base: BaseLM) -> Row:

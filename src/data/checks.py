@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from draftsmith.data import chat
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.edges import Marks, marks, runs
@@ -49,7 +47,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Sample:
-    """The rows looked at. said: their text, if it is known."""
+    """The rows looked at, and what they were made for."""
 
     rows: Rows
     tokenizer: Any
@@ -65,9 +63,14 @@ class Sample:
         return marks(self.tokenizer, self.eos_ids, self.config.chat)
 
     @cached_property
+    def said(self) -> list[dict[str, Any]]:
+        """The text of each row, {} where nobody knows it."""
+        return [json.loads(text) if text else {} for text in self.rows.text("said")]
+
+    @cached_property
     def chats(self) -> list[Row]:
-        """The rows that the chat template has written: all but those known to be plain text."""
-        return [r for r in self if not r.said or not {"prompt", "text"} & {*json.loads(r.said)}]
+        """The rows that a chat template has written: all but those known to be plain text."""
+        return [row for row, said in zip(self, self.said, strict=True) if not {"prompt", "text"} & {*said}]
 
 
 def turns(row: Row) -> list[tuple[int, int]]:
@@ -99,12 +102,12 @@ def _prompts(s: Sample) -> Iterator[Finding]:
     if s.config.loss_on != "assistant":
         return
     swallowed = started = total = 0
-    for row in s.chats:
-        if not (spans := turns(row)):
+    for row, said in zip(s, s.said, strict=True):
+        if not (spans := turns(row)) or said.get("prompt") == "":
             continue
-        (begin, end), ids = spans[0], row.ids.tolist() if isinstance(row.ids, np.ndarray) else list(row.ids)
+        (begin, end), ids = spans[0], [int(i) for i in row.ids]
         total += 1
-        swallowed += s.marks.swallowed(ids, begin, end)
+        swallowed += not {"prompt", "text"} & {*said} and s.marks.swallowed(ids, begin, end)
         started += begin <= 1 and s.marks.place(ids, begin) != "right"
     if total and (swallowed / total > EDGES or started / total > NEARLY_ALL):
         count = max(swallowed, started)
@@ -154,10 +157,10 @@ def _ends(s: Sample) -> Iterator[Finding]:
             last, after = int(row.ids[end - 1]), int(row.ids[end]) if end < len(row.ids) else -1
             if last in known:
                 ends["right"] += 1
+            elif end - begin > 1 and int(row.ids[end - 2]) in known:  # even if the chat's own end comes next
+                ends["late"] += 1
             elif after in known:
                 ends["early"] += 1
-            elif end - begin > 1 and int(row.ids[end - 2]) in known:
-                ends["late"] += 1
     total = sum(ends.values())
     for how, text in (("early", "ends one token before its end-of-turn token"), ("late", "ends one token too late")):
         if total and ends[how] / total > EDGES:
@@ -227,7 +230,7 @@ def _leaks(s: Sample) -> Iterator[Finding]:
             inside,
         )
     typed = [str(t) for t in getattr(s.tokenizer, "all_special_tokens", [])]
-    loose = sum(any(t and t in json.dumps(_contents(said), ensure_ascii=False) for t in typed) for said in _said(s))
+    loose = sum(any(t and t in json.dumps(_contents(said), ensure_ascii=False) for t in typed) for said in s.said)
     if loose:
         severity = WARNING if s.config.chat.control_tokens else NOTE
         yield Finding(
@@ -239,10 +242,6 @@ def _leaks(s: Sample) -> Iterator[Finding]:
             else "nothing: they stay text",
             loose,
         )
-
-
-def _said(s: Sample) -> Iterator[dict[str, Any]]:
-    return (json.loads(text) for text in s.rows.text("said") if text)
 
 
 def _contents(said: Mapping[str, Any]) -> list[str]:
@@ -306,7 +305,9 @@ CHECKS: tuple[Callable[[Sample], Iterator[Finding]], ...] = (
 )
 
 
-def refusals(reasons: Mapping[str, int], of: int, some: str, on_bad: str, firsts: Mapping[str, Any]) -> Iterator[Finding]:
+def refusals(
+    reasons: Mapping[str, int], of: int, some: str, on_bad: str, firsts: Mapping[str, Any]
+) -> Iterator[Finding]:
     """Rows that could not be read or encoded, by reason, each with its first. some: what the `of` rows are."""
     for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1]):
         yield Finding(
@@ -379,39 +380,6 @@ def off_policy(score: Mapping[str, float]) -> Iterator[Finding]:
             "let the base answer the prompts itself: draftsmith distill",
             round(score["nll"] - score["entropy"], 3),
         )
-
-
-def lengths(rows: Rows) -> dict[str, Any]:
-    """Quantiles of row, prompt and answer lengths, in tokens."""
-    answers = [end - begin for row in rows for begin, end in turns(row)]
-    prompts = [turns(row)[0][0] for row in rows if turns(row)]
-    told: dict[str, Any] = {}
-    for name, values in (("rows", rows.lengths_N), ("prompts", prompts), ("answers", answers)):
-        if len(values):
-            told[name] = {f"p{q}": int(np.percentile(values, q)) for q in (0, 10, 50, 90, 99, 100)}
-    told["histograms"] = {"rows": _histogram(rows.lengths_N), **({"answers": _histogram(answers)} if answers else {})}
-    return told
-
-
-def _histogram(values: Any) -> list[list[int]]:
-    """[where a bin begins, how many lie in it]"""
-    counts, edges = np.histogram(values, bins=10)
-    return [[int(a), int(n)] for a, n in zip(edges[:-1], counts, strict=True)]
-
-
-def shown(s: Sample, count: int) -> list[dict[str, Any]]:
-    """Some rows for people to look at: (token text, learned, first or last of its turn), token by token."""
-    told = []
-    for row in [s.rows[i] for i in range(min(count, len(s.rows)))]:
-        edges = {begin for begin, _ in turns(row)} | {end - 1 for _, end in turns(row)}
-        pieces = [s.tokenizer.decode([int(i)], skip_special_tokens=False) for i in row.ids]
-        told.append(
-            {
-                "source": row.source,
-                "tokens": [[p, int(m), int(i in edges)] for i, (p, m) in enumerate(zip(pieces, row.mask, strict=True))],
-            }
-        )
-    return told
 
 
 def plain(findings: Sequence[Finding]) -> list[dict[str, Any]]:

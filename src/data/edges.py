@@ -70,9 +70,8 @@ class Marks:
 
 def marks(tokenizer: Any, eos_ids: frozenset[int], config: ChatConfig) -> Marks:
     """The marks of this tokenizer's chat template; where thinking is unsaid, those of both ways."""
-    bos = getattr(tokenizer, "bos_token_id", None)
     template = getattr(tokenizer, "chat_template", None)
-    bare = eos_ids | ({bos} - {None})
+    bare = eos_ids | {int(i) for i in [getattr(tokenizer, "bos_token_id", None)] if i is not None}
     if not template:
         return Marks(frozenset(), eos_ids, True, bare)
     known = controls(tokenizer, str(template))

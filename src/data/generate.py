@@ -240,9 +240,10 @@ def answer_shard(shard: Shard, setting: Setting, generate: Generate, told: Calla
             if key not in shard.refused:
                 shard.refuse(key, e)
     by_length = [c for _, c in sorted(chats, key=lambda pair: -pair[0])]
+    missing = {key for key, _ in shard.missing}
     for at in range(0, len(by_length), setting.generation.batch_size):
         batch = by_length[at : at + setting.generation.batch_size]
-        todo = {key for key, _ in shard.missing} & {c.key for c in batch}
+        todo = missing & {c.key for c in batch}
         if todo:
             refused = answer_batch(batch, generate)
             for c in batch:

@@ -108,15 +108,22 @@ class Shard:
             return self
         with artifacts.disk(self.journal, "the journal"):
             self._file = self._locked()
-            self._left = {key for key, _ in self.items}
-            self._whole = 0
-            self._file.seek(0)
-            for line in self._file.readall().split(b"\n")[:-1]:
-                if not self._remember(line):
-                    break
-                self._whole += len(line) + 1
-            self._file.truncate(self._whole)
+            try:
+                self._read()
+            except BaseException:
+                self.close()
+                raise
         return self
+
+    def _read(self) -> None:
+        self._left = {key for key, _ in self.items}
+        self._whole = 0
+        self._file.seek(0)
+        for line in self._file.readall().split(b"\n")[:-1]:
+            if not self._remember(line):
+                break
+            self._whole += len(line) + 1
+        self._file.truncate(self._whole)
 
     def _locked(self) -> Any:
         """The journal, open and this shard's alone until it is closed."""

@@ -113,6 +113,9 @@ def _of_folder(folder: Path, split: str) -> list[Path]:
         except (ValueError, KeyError, TypeError) as e:
             raise DataError(f"{folder / 'state.json'}: does not list the data's files ({e!r})") from None
     there = sorted(p for p in folder.rglob("*") if _visible(p.relative_to(folder)) and p.is_file())
+    ours = {p.parent for p in there if p.name == MANIFEST and published_as(p.parent) == "rows"}
+    shards = {shard for own in ours for shard in own.glob("rows-*.parquet")}
+    there = [p for p in there if p in shards or not ours.intersection(p.parents)]
     kinds = {kind: [p for p in there if p.name.lower().endswith(ends)] for kind, ends in KINDS.items()}
     kinds["JSON"] = [p for p in kinds["JSON"] if p.name != MANIFEST]
     held: dict[str, list[Path]] = {kind: paths for kind, paths in kinds.items() if paths}

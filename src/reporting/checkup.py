@@ -15,7 +15,12 @@ def checkup(report: dict[str, Any], *, colour: bool) -> str:
     lines = ["environment"]
     lines += [f"  {name:<14}{value}" for name, value in report["environment"].items()]
     if "funnel" in report:
-        lines += ["", "rows", *_funnel(report["funnel"])]
+        f = report["funnel"]
+        lines += ["", "rows", *_funnel(("in", f["in"]), f["quarantined"], ("kept", f["kept"]))]
+    if "sample" in report:
+        s = report["sample"]
+        ends = ("looked at", s["looked_at"]), ("encoded", s["encoded"])
+        lines += ["", "of these, a sample", *_funnel(ends[0], s["refused"], ends[1])]
     if "lengths" in report:
         lines += ["", "lengths in tokens", *_lengths(report)]
     if "policy" in report:
@@ -34,11 +39,10 @@ def checkup(report: dict[str, Any], *, colour: bool) -> str:
     return "\n".join(lines)
 
 
-def _funnel(funnel: dict[str, Any]) -> list[str]:
-    lines = [f"  {'in':<24}{funnel['in']:>10,}"]
-    lines += [f"  {'- ' + reason:<24}{count:>10,}" for reason, count in funnel["quarantined"].items()]
-    lines += [f"  {'kept':<24}{funnel['kept']:>10,}"]
-    return lines + [f"  {'looked at':<24}{funnel['looked_at']:>10,}"] * ("looked_at" in funnel)
+def _funnel(taken: tuple[str, int], lost: dict[str, int], left: tuple[str, int]) -> list[str]:
+    """What came, what it lost for which reason, what is left of it."""
+    lines = [taken, *((f"- {reason}", count) for reason, count in lost.items()), left]
+    return [f"  {name:<24}{count:>10,}" for name, count in lines]
 
 
 def _lengths(report: dict[str, Any]) -> list[str]:

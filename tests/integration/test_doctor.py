@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from draftsmith import config
 from draftsmith.base import create
 from draftsmith.data import synthetic
+from draftsmith.errors import DraftsmithError
 from tests.integration.conftest import SHAPE, draftsmith, lines
 
 # Thinks if it is told to: an answer may begin with its thoughts.
@@ -69,6 +74,18 @@ def planted(tokenizer: Any, chats: list[list[dict[str, Any]]]) -> list[dict[str,
     return [*said, *tokens]
 
 
+def call(verb: str, *overrides: str, cwd: Path) -> tuple[int, str]:
+    """(exit code, output) of a verb in this process, which saves the seconds of starting one."""
+    told = io.StringIO()
+    with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(told):
+        m.setenv("DRAFTSMITH_CACHE", str(cwd / "cache"))
+        try:
+            import_module(f"draftsmith.{verb}").run(config.compose(verb, overrides))
+        except DraftsmithError as e:
+            return e.exit_code, f"{told.getvalue()}error: {e}"
+    return 0, told.getvalue()
+
+
 PLANTED = {
     "row_json",
     "row_role",
@@ -101,10 +118,64 @@ def test_every_planted_fault_is_named(sick: Path, tmp_path: Path) -> None:
     assert PLANTED - {"thinking_unsaid"} <= found, PLANTED - found
     assert code == 3, output
     assert all(f["fix"] and f"{f['name']}: " in output for f in told["findings"])
-    assert told["funnel"]["in"] == told["funnel"]["kept"] + sum(told["funnel"]["quarantined"].values())
-    code, output = draftsmith("doctor", *command, cwd=tmp_path)
+    check_funnels(told)
+    assert set(told["funnel"]["quarantined"]) == {"json", "role", "turns", "empty"}
+    assert set(told["sample"]["refused"]) == {"ids"}
+    assert told["sample"]["looked_at"] == told["funnel"]["kept"]
+    what = {f["name"]: f["what"] for f in told["findings"]}
+    assert what["row_json"].startswith(f"1 of {told['funnel']['in']} rows ")
+    assert what["row_ids"].startswith(f"1 of the {told['sample']['looked_at']} looked at ")
+    code, output = call("doctor", *command, cwd=tmp_path)
     assert code == 3
     assert "error thinking_unsaid" in output
+    assert "error data" not in output  # said once
+
+
+def check_funnels(told: dict[str, Any]) -> None:
+    assert told["funnel"]["in"] == told["funnel"]["kept"] + sum(told["funnel"]["quarantined"].values())
+    assert told["sample"]["looked_at"] == told["sample"]["encoded"] + sum(told["sample"]["refused"].values())
+
+
+def test_a_sample_says_nothing_of_all(sick: Path, tmp_path: Path) -> None:
+    """Of forty rows ten are looked at: the others are neither refused nor encoded."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    lines(tmp_path / "some.jsonl", [{"messages": chat[: 1 + i % 2]} for i in range(40)])  # half of them unanswered
+    command = [*("base=hf", f"base.path={sick / 'base'}", "data=jsonl", "data.path=some.jsonl", "threads=1")]
+    command += ["data.chat.thinking=true", "data.on_bad=skip", "sample=10", "policy_tokens=0", "out=told.json"]
+    call("doctor", *command, cwd=tmp_path)
+    told = json.loads((tmp_path / "told.json").read_text())
+    check_funnels(told)
+    assert told["funnel"] == {"in": 40, "kept": 40, "quarantined": {}}
+    assert told["sample"]["looked_at"] == 10
+    assert 0 < told["sample"]["refused"]["no_answer"] < 10
+
+
+def test_finished_rows_need_no_choice_to_think(sick: Path, tmp_path: Path) -> None:
+    """Their manifest says what they were made with; rows of tokens are encoded already."""
+    base = ["base=hf", f"base.path={sick / 'base'}"]
+    lines(tmp_path / "ask.jsonl", [{"messages": [{"role": "user", "content": f"a {i}"}]} for i in range(4)])
+    made = ["data=prompts", "data.prompts.path=ask.jsonl", "data.generation.max_new_tokens=9"]
+    made += ["data.generation.temperature=1", "data.chat.thinking=false"]
+    code, output = call("distill", *base, *made, "out=rows", "threads=1", cwd=tmp_path)
+    assert code == 0, output
+
+    def found(path: str, *more: str) -> dict[str, str]:
+        command = [*base, "data=jsonl", f"data.path={path}", "threads=1", "policy_tokens=0", "out=told.json", *more]
+        _, output = call("doctor", *command, cwd=tmp_path)
+        told = json.loads((tmp_path / "told.json").read_text())
+        assert "sample" in told, output
+        check_funnels(told)
+        return {f["name"]: f["severity"] for f in told["findings"]}
+
+    assert set(found("rows")) <= {"few", "unfinished", "looping"}
+    assert found("rows", "data.chat.thinking=true")["other_thinking"] == "warning"
+    lines(tmp_path / "tokens.jsonl", [{"ids": [1, 40 + i, 41, 42, 43], "mask": [0, 0, 0, 1, 1]} for i in range(4)])
+    assert not {"thinking_unsaid", "data"} & set(found("tokens.jsonl"))
+    measured = f"data.validation.path={sick / 'measured.jsonl'}"  # chats, so here the choice is due
+    told = found("rows", measured)
+    assert told["thinking_unsaid"] == "error"
+    assert "data" not in told
+    assert "thinking_unsaid" not in found("rows", measured, "data.chat.thinking=false")
 
 
 def test_good_rows_are_well(micro: Path, tmp_path: Path) -> None:
@@ -112,10 +183,10 @@ def test_good_rows_are_well(micro: Path, tmp_path: Path) -> None:
     base = ["base=hf", f"base.path={micro / 'base'}"]
     made = ["data=prompts", f"data.prompts.path={micro / 'prompts.jsonl'}", "data.generation.max_new_tokens=12"]
     made.append("data.generation.temperature=1")
-    code, output = draftsmith("distill", *base, *made, "out=rows", "threads=1", cwd=tmp_path)
+    code, output = call("distill", *base, *made, "out=rows", "threads=1", cwd=tmp_path)
     assert code == 0, output
     rows = ["data=jsonl", "data.path=rows", "threads=1"]
-    code, output = draftsmith("doctor", *base, *rows, "out=told.json", "show=2", "colour=always", cwd=tmp_path)
+    code, output = call("doctor", *base, *rows, "out=told.json", "show=2", "colour=always", cwd=tmp_path)
     assert code == 0, output
     told = json.loads((tmp_path / "told.json").read_text())
     assert {f["name"] for f in told["findings"]} <= {"few", "unfinished", "looping"}  # a random base never ends
@@ -126,10 +197,10 @@ def test_good_rows_are_well(micro: Path, tmp_path: Path) -> None:
 
 def test_prompts_alone_are_looked_at(micro: Path, tmp_path: Path) -> None:
     base = ["base=hf", f"base.path={micro / 'base'}", "data=prompts", f"data.prompts.path={micro / 'prompts.jsonl'}"]
-    code, output = draftsmith("doctor", *base, "data.generation.max_new_tokens=12", "threads=1", cwd=tmp_path)
+    code, output = call("doctor", *base, "data.generation.max_new_tokens=12", "threads=1", cwd=tmp_path)
     assert code == 0, output
     assert "nothing found" in output
-    code, output = draftsmith("doctor", *base, "threads=1", cwd=tmp_path)  # 512 new tokens do not fit 256 positions
+    code, output = call("doctor", *base, "threads=1", cwd=tmp_path)  # 512 new tokens do not fit 256 positions
     assert code == 3
     assert "row_too_long" in output
 
@@ -138,8 +209,8 @@ def test_rows_of_another_template(micro: Path, sick: Path, tmp_path: Path) -> No
     base = ["base=hf", f"base.path={micro / 'base'}"]
     made = ["data=prompts", f"data.prompts.path={micro / 'prompts.jsonl'}", "data.generation.max_new_tokens=9"]
     made.append("data.generation.temperature=1")
-    assert draftsmith("distill", *base, *made, "out=rows", "threads=1", cwd=tmp_path)[0] == 0
+    assert call("distill", *base, *made, "out=rows", "threads=1", cwd=tmp_path)[0] == 0
     other = ["base=hf", f"base.path={sick / 'base'}", "data.chat.thinking=false"]
-    code, output = draftsmith("doctor", *other, "data=jsonl", "data.path=rows", "threads=1", cwd=tmp_path)
+    code, output = call("doctor", *other, "data=jsonl", "data.path=rows", "threads=1", cwd=tmp_path)
     assert code == 3
     assert "other_base" in output

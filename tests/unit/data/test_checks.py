@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from draftsmith.data import checks, synthetic
 from draftsmith.data.chat import ChatConfig, encode
 from draftsmith.data.rows import Row, Rows
 from draftsmith.data.settings import DataConfig
+from draftsmith.errors import RowError
 
 SPEC = BaseSpec("llama", 8, 8, 400, 1, 1, 1, 8, 256)
 CHATS = list(synthetic.dialogues(80, seed=9))
@@ -91,6 +93,53 @@ def test_masks_that_say_nothing_or_everything(good: list[Row], look: Any) -> Non
     assert "all_learned" not in look(everything, loss_on="all")
 
 
+def test_completions_that_learn_their_prompts(good: list[Row], look: Any) -> None:
+    """Behind an empty prompt everything is the base's; no chat template has a say in text."""
+    eos = good[0].ids[-1]
+    for prompt, mask, named in (("", [0, 1, 1, 1], False), ("a", [0, 1, 1, 1], True), ("a", [0, 0, 1, 1], False)):
+        said = json.dumps({"prompt": prompt, "completion": "b"})
+        found = look([Row(str(i), [1, 50 + i, 60, eos], mask, said=said) for i in range(20)])
+        assert set(found) == {"few"} | ({"all_learned"} if named else set())
+
+
+def test_text_among_chats_is_no_foreign_chat(good: list[Row], look: Any) -> None:
+    said = json.dumps({"prompt": "a", "completion": "b"})
+    text = Row("t", [1, 50, 60, good[0].ids[-1]], [0, 0, 1, 1], said=said)
+    assert set(look([*good, *[text] * 10])) == {"few"}
+
+
+def test_token_rows_are_held_to_the_template(good: list[Row], look: Any) -> None:
+    """Their words are unknown: a mask off by one is found all the same."""
+    tokens = [changed(r, said="{}") for r in good]
+    assert set(look(tokens)) == {"few"}
+    assert "mask_begins_late" in look([shifted(r, 1, 0) for r in tokens])
+
+
+def test_the_choice_to_think(tokenizer: Any) -> None:
+    thinks = copy.deepcopy(tokenizer)
+    thinks.chat_template = "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}"
+    unsaid, on, off = (ChatConfig(thinking=t) for t in (None, True, False))
+    assert [f.severity for f in checks.thinking_choice(thinks, unsaid)] == [checks.ERROR]
+    assert not [f for t, c in ((thinks, on), (tokenizer, unsaid), (None, unsaid)) for f in checks.thinking_choice(t, c)]
+    (found,) = checks.other_thinking(True, thinks, off)
+    assert (found.name, found.severity, found.value) == ("other_thinking", checks.WARNING, True)
+    assert "made with data.chat.thinking=true, and now it is false" in found.what
+    for made, config in ((None, off), (True, unsaid), (False, off)):
+        assert not list(checks.other_thinking(made, thinks, config))
+    assert not list(checks.other_thinking(True, tokenizer, off))
+
+
+def test_refusals_say_of_how_many() -> None:
+    firsts = {"json": RowError("f:1", "json", "bad"), "mask": RowError("f:2", "mask", "bad")}
+    found = list(checks.refusals({"json": 1, "mask": 167}, 500, "the 500 looked at", "skip", firsts))
+    assert [f.what.partition(",")[0] for f in found] == [
+        "167 of the 500 looked at do not fit",
+        "1 of the 500 looked at does not fit",
+    ]
+    assert {f.severity for f in found} == {checks.WARNING}
+    assert {f.severity for f in checks.refusals({"json": 3}, 3, "3 rows", "skip", firsts)} == {checks.ERROR}
+
+
 def test_long_rows(good: list[Row], look: Any) -> None:
     assert look(good, length=50)["too_long"].severity == checks.WARNING
     assert look(good, length=50, long_rows="error")["too_long"].severity == checks.ERROR
@@ -133,17 +182,6 @@ def test_repeats_overlap_and_strangers_words() -> None:
     own = {"nll": 0.3, "entropy": 0.3, "agreement": 0.9, "expected": 0.9, "tokens": 9}
     assert not list(checks.off_policy(own))
     assert [f.name for f in checks.off_policy({**own, "nll": 0.7})] == ["off_policy"]
-
-
-def test_lengths_and_what_is_shown(good: list[Row], tokenizer: Any) -> None:
-    told = checks.lengths(Rows.of(good))
-    assert told["rows"]["p100"] == max(len(r.ids) for r in good)
-    assert sum(n for _, n in told["histograms"]["rows"]) == len(good)
-    sample = checks.Sample(Rows.of(good), tokenizer, frozenset(), SPEC, DataConfig(path="p"))
-    (row,) = checks.shown(sample, 1)
-    assert [m for _, m, _ in row["tokens"]] == list(good[0].mask)
-    edges = [i for i, (_, _, edge) in enumerate(row["tokens"]) if edge]
-    assert edges == sorted({i for b, e in checks.turns(good[0]) for i in (b, e - 1)})
 
 
 def test_distinct() -> None:

@@ -94,6 +94,9 @@ def test_rows_of_ours_keep_what_they_say_of_themselves(tmp_path: Path, base: Fak
         row(i, asked=f"q{i // 2}", said='{"prompt": "why?"}', source=f"p:{i}", seed=i, finish="stop") for i in range(6)
     ]
     write_rows(tmp_path / "rows", rows, base=dataclasses.asdict(base.spec))
+    (tmp_path / "rows" / "quarantine.jsonl").write_text("{}\n")  # lies there too, and is no row
+    (tmp_path / "rows" / "asked").mkdir()
+    (tmp_path / "rows" / "asked" / "records.jsonl").write_text("{}\n")
     for n, path in enumerate(("rows", "rows/*.parquet", ".")):
         config = DataConfig(sources={"mine": SourceConfig(path=str(tmp_path / path))})
         out = tmp_path.parent / f"{tmp_path.name}-{n}"

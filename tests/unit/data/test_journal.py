@@ -1,16 +1,21 @@
 """Folders of rows in the making: torn tails, full disks, exact resumption, the final count."""
 
 import json
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from draftsmith import artifacts
+from draftsmith.data import journal
 from draftsmith.data.journal import Job, Shard, keyed, publish_asked, read_asked
 from draftsmith.data.records import Record
 from draftsmith.data.rows import Row
-from draftsmith.errors import DataError, ResourceError, RowError
+from draftsmith.errors import ConfigError, DataError, ResourceError, RowError
 
 
 def records(count: int) -> list[Record]:
@@ -196,3 +201,172 @@ def test_what_does_not_add_up_is_not_sealed(job: Job, spoil: Any, match: str) ->
     with pytest.raises(DataError, match=match):
         job.seal()
     assert not artifacts.is_complete(job.out)
+
+
+# Several processes, and what each of them may do.
+
+
+def test_a_shard_has_one_writer(job: Job) -> None:
+    """The fourth of four processes is still alive when the second of two starts: both own shard 3."""
+    old, new = Job(job.out, 1, rank=3, world=4), Job(job.out, 1, rank=1, world=2)
+    shards = list(old.todo())
+    assert [s.number for s in shards] == [3, 7]
+    key = shards[0].items[0][0]
+    taken = new.todo()
+    assert next(taken).number == 1
+    with pytest.raises(ConfigError, match=r"00003\.jsonl: is being written by another process; let it end"):
+        next(taken)
+    shards[0].settle(key, [row(key)])
+    shards[0].publish()
+    new.shards[1].close()
+    with pytest.raises(ConfigError, match=r"00007\.jsonl"):
+        list(Job(job.out, 1, rank=1, world=2).todo())
+    shards[1].close()
+    for shard in new.shards:
+        shard.close()
+    assert [s.number for s in Job(job.out, 1, rank=1, world=2).todo()] == [1, 5, 7, 9]
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from draftsmith.data.journal import Job
+shard = next(Job(Path(sys.argv[1]), 4).todo())
+print("open", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_process_holds_nothing(job: Job) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(job.out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+        with pytest.raises(ConfigError, match="another process"):
+            next(job.todo())
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    assert next(job.todo()).left == 4
+
+
+def test_opening_twice_is_opening_once(job: Job) -> None:
+    [shard, *_] = list(job.todo())
+    key = shard.items[0][0]
+    shard.settle(key, [row(key)])
+    assert [s.open().number for s in job.todo()] == [0, 1, 2]
+    assert (shard.left, list(shard.rows)) == (3, [key])
+
+
+def test_of_many_openers_one_wins(job: Job) -> None:
+    won: list[Shard] = []
+    lost: list[ConfigError] = []
+    shards = [Shard(job.out, 0, job.shards[0].items) for _ in range(8)]
+
+    def race(shard: Shard) -> None:
+        try:
+            won.append(shard.open())
+        except ConfigError as e:
+            lost.append(e)
+
+    threads = [threading.Thread(target=race, args=[shard]) for shard in shards]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(lost)) == (1, 7)
+
+
+def test_a_shard_published_between_the_look_and_the_lock(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its writer was just done: there is nothing left to do, and no new journal."""
+    other = Job(job.out, 4)
+    locked = Shard._locked
+
+    def late(self: Shard) -> Any:
+        if self.number == 0 and not self.path.exists():
+            monkeypatch.setattr(Shard, "_locked", locked)
+            theirs = other.shards[0].open()
+            for key, _ in theirs.items:
+                theirs.settle(key, [row(key)])
+            theirs.publish()
+        return locked(self)
+
+    monkeypatch.setattr(Shard, "_locked", late)
+    assert [s.number for s in job.todo()] == [1, 2]
+    assert not job.shards[0].journal.exists()
+
+
+def test_a_journal_removed_before_it_was_locked(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock on a file without a name would keep nobody out."""
+    flock, calls = journal.fcntl.flock, [0]
+
+    def late(file: Any, how: int) -> None:
+        calls[0] += 1
+        if calls[0] == 1:
+            job.shards[0].journal.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(journal.fcntl, "flock", late)
+    shard = job.shards[0].open()
+    key = shard.items[0][0]
+    shard.settle(key, [row(key)])
+    assert calls == [2]
+    assert shard.journal.read_bytes().count(b"\n") == 1
+
+
+def test_nothing_is_published_into_a_sealed_folder(job: Job) -> None:
+    settle_all(job)
+    assert job.seal()
+    before = job.shards[0].path.read_bytes()
+    shard = Shard(job.out, 0, job.shards[0].items).open()
+    for key, _ in shard.items:
+        shard.settle(key, [row(key), row(f"{key}/2")])
+    with pytest.raises(DataError, match=r"is complete already; rows-00000\.parquet stays as it is"):
+        shard.publish()
+    assert job.shards[0].path.read_bytes() == before
+
+
+def test_a_shard_with_missing_rows_is_not_published(job: Job) -> None:
+    shard = next(job.todo())
+    for n, (key, _) in enumerate(shard.items):
+        assert shard.left == len(shard.missing) == 4 - n
+        with pytest.raises(DataError, match=f"{4 - n} of 4 rows are missing"):
+            shard.publish()
+        shard.refuse(key, RowError("w", "cut", "d")) if n == 1 else shard.settle(key, [row(key)])
+    assert shard.left == 0
+    shard.publish()
+
+
+OPTIMISED = """
+import sys
+from pathlib import Path
+from draftsmith.data.journal import Job
+from draftsmith.data.rows import Row
+job = Job(Path(sys.argv[1]), 4)
+for shard in job.todo():
+    for key, _ in shard.items:
+        shard.settle(key, [Row(key, [1, 2, 3], [0, 1, 1], "p:0", finish="stop")])
+    shard.publish()
+sys.exit(0 if job.seal() else 1)
+"""
+
+
+def test_without_asserts_nothing_is_lost(job: Job) -> None:
+    done = subprocess.run([sys.executable, "-O", "-c", OPTIMISED, str(job.out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert artifacts.verify(job.out)["rows"] == 10
+
+
+def test_what_is_bound_stays(job: Job) -> None:
+    """For all processes of a job and all its runs; other names beside it are free."""
+    for rank in range(2):
+        Job(job.out, 4, rank=rank, world=2).bind("model", "a")
+    job.bind("engine", "x")
+    with pytest.raises(ConfigError, match=r"served\.json: the model is 'b' now and was 'a'"):
+        Job(job.out, 4).bind("model", "b")
+    settle_all(job)
+    assert job.seal()
+    assert artifacts.verify(job.out)["served"] == {"model": "a", "engine": "x"}
+    (job.out / "served.json").write_text("[]")
+    with pytest.raises(DataError, match="damaged"):
+        job.bind("model", "a")

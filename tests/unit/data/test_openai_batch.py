@@ -13,7 +13,7 @@ from draftsmith.data.journal import Job, publish_asked
 from draftsmith.data.openai_batch import exchange
 from draftsmith.data.records import Record
 from draftsmith.data.server import ServerConfig
-from draftsmith.errors import DataError, PeerError
+from draftsmith.errors import ConfigError, DataError, PeerError
 
 from .test_server import bytes_of, chats, loopback, prompts, refused, rows_of
 
@@ -246,3 +246,66 @@ def test_rows_that_can_never_be_asked(tmp_path: Path, step: Any) -> None:
     assert job.shards[0].path.exists()
     lines = (tmp_path / "out" / "refused" / "00000.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["reason"] for line in lines) == ["no_prompt", "too_long"]
+
+
+def test_one_process_writes_the_rounds(tmp_path: Path, tokenizer: Any, step: Any) -> None:
+    """Others are sent away, and leave the round that is under way alone."""
+    path, _ = step(prompts(9), api="completions")
+    before = path.read_bytes()
+    config = ServerConfig(model="m", api="completions")
+    for rank in range(2):
+        job = Job(tmp_path / "out", 4, rank=rank, world=2)
+        with pytest.raises(ConfigError, match="engine=batch: one process writes the rounds; start it alone"):
+            exchange(job, setting(tokenizer), config, path.parent)
+    assert path.read_bytes() == before
+
+
+def test_a_round_that_another_call_wrote_stays(tmp_path: Path, tokenizer: Any, runner: Runner, step: Any) -> None:
+    """The rows that it asks for were answered otherwise meanwhile."""
+    path, _ = step(prompts(3), api="completions")
+    engine = loopback.HashEngine(tokenizer)
+    for shard in Job(tmp_path / "out", 4).todo():
+        answer_shard(
+            shard, setting(tokenizer), lambda asked, **_: [engine.answer(i, NEW) for i in asked], lambda n: None
+        )
+    before = path.read_bytes()
+    assert step(api="completions")[0] is None
+    assert path.read_bytes() == before
+
+
+def test_the_model_stays(step: Any) -> None:
+    path, _ = step(prompts(3), api="completions")
+    with pytest.raises(ConfigError, match="the model is 'n' now and was 'm'"):
+        step(api="completions", model="n")
+    with pytest.raises(ConfigError, match="the model is '' now and was 'm'"):
+        step(api="completions", model=None)
+    assert step(api="completions")[0] == path
+
+
+def test_what_failed_leaves_the_journals_free(runner: Runner, step: Any) -> None:
+    path, _ = step(prompts(2), api="completions")
+    out = runner.run(path)
+    out.write_text(out.read_text().replace('"custom_id": "', '"custom_id": "x'))
+    with pytest.raises(DataError, match="another file") as caught:
+        step(api="completions")
+    out.unlink()
+    assert step(api="completions")[0] == path
+    assert caught.traceback
+
+
+@pytest.mark.parametrize("place", range(130, 200, 7))
+def test_a_key_that_the_runner_quotes(
+    tmp_path: Path, runner: Runner, step: Any, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "canary-1234")
+    bodies: list[Any] = [{"a": "x" * place, "b": "canary-1234", "c": "y" * 200}, "x" * place + " canary-1234"]
+    codes = iter([(200, bodies[0]), (500, bodies[1]), (401, bodies[0])])
+
+    def change(line: dict[str, Any]) -> dict[str, Any]:
+        status, body = next(codes)
+        return {**line, "response": {"status_code": status, "body": body}}
+
+    runner.run(step(prompts(3), api="completions", api_key_env="SOME_KEY")[0], change)
+    _, job = step(api="completions", api_key_env="SOME_KEY")
+    assert len(job.failed) == 3
+    assert "can" not in (tmp_path / "out" / "failed-00000.jsonl").read_text()

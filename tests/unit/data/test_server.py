@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import random
 import signal
 import socket
 import threading
@@ -15,14 +14,13 @@ from typing import Any
 
 import pytest
 
-from draftsmith.data.breaker import Breaker, backoff, meaning, retry_after
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.generate import Conversation, GenerationConfig, Setting
-from draftsmith.data.journal import Job, publish_asked
-from draftsmith.data.openai_api import NonsenseError, PromptError, read_answer, request_body, said
+from draftsmith.data.journal import Job, Shard, publish_asked
+from draftsmith.data.openai_api import request_body
 from draftsmith.data.records import Record
 from draftsmith.data.server import ServerConfig, answer_job
-from draftsmith.errors import ConfigError, DataError, Interrupted, PeerError, RowError
+from draftsmith.errors import ConfigError, DataError, Interrupted, PeerError
 
 NEW = 8
 
@@ -455,197 +453,88 @@ def test_a_signal_leaves_nothing_torn(tmp_path: Path, tokenizer: Any, serve: Any
     assert len(rows_of(tmp_path)) == 150
 
 
-# The parts, without a network.
+# What a job's rows come from is one model.
 
 
-@pytest.mark.parametrize(
-    ("url", "what"),
-    [
-        ("http://user:canary@host/v1", "password"),
-        ("http://host/v1?key=canary", "password"),
-        ("http://host/v1#canary", "password"),
-        ("127.0.0.1:8000/v1", "write it like"),
-        ("ftp://host/v1", "write it like"),
-        ("http://", "write it like"),
-        ("http://host:port/v1", "not an address"),
-    ],
-)
-def test_addresses(url: str, what: str) -> None:
-    with pytest.raises(ConfigError, match=what) as caught:
-        ServerConfig(urls=["http://127.0.0.1:1/v1", url])
-    assert "canary" not in str(caught.value)
-    assert "urls[1]" in str(caught.value)
+def test_another_model_does_not_go_on(tmp_path: Path, tokenizer: Any, serve: Any) -> None:
+    """No name is given, so the first run's is found out, noted, and held against the next one's."""
+    bad = serve({"fault": "500", "from": 5}, models=["one"])
+    answer_job(job_of(tmp_path, prompts(20)), setting(tokenizer), fast(bad.url, attempts=1, patience=0.3), quiet)
+    assert json.loads((tmp_path / "served.json").read_text()) == {"model": "one"}
+    other = serve(models=["two"])
+    for wanted in (None, "two"):
+        with pytest.raises(ConfigError, match=r"served\.json: the model is 'two' now and was 'one'"):
+            answer_job(job_of(tmp_path, []), setting(tokenizer), fast(other.url, model=wanted), quiet)
+    assert other.count == 0
+    job = job_of(tmp_path, [])
+    answer_job(job, setting(tokenizer), fast(serve(models=["two", "one"]).url, model="one"), quiet)
+    assert job.seal(colour="red")
+    facts = json.loads((tmp_path / "manifest.json").read_text())
+    assert (facts["served"], facts["colour"]) == ({"model": "one"}, "red")
 
 
-def test_a_key_goes_over_https_or_stays_here() -> None:
-    with pytest.raises(ConfigError, match="https"):
-        ServerConfig(urls=["http://example.org/v1"], api_key_env="K")
-    for url in ("https://example.org/v1", "http://localhost:1/v1", "http://127.0.0.2/v1", "http://[::1]:8000/v1"):
-        assert ServerConfig(urls=[url], api_key_env="K").urls == [url]
+def test_a_server_that_returns_with_another_model(tmp_path: Path, tokenizer: Any, serve: Any) -> None:
+    server = serve({"fault": "die", "seconds": 0.5, "at": [10]}, models=["one"])
+
+    def told(done: int, failed: int) -> None:
+        if server.dead_for:
+            server.script["models"] = ["two"]
+
+    with pytest.raises(ConfigError, match="is 'two' now and was 'one'"):
+        answer_job(job_of(tmp_path, prompts(60)), setting(tokenizer), fast(server.url, breaker=2, patience=9), told)
 
 
-@pytest.mark.parametrize(
-    ("status", "after", "what"),
-    [
-        *[(200, None, "ok"), (301, None, "stop"), (400, None, "refused"), (401, None, "stop"), (404, None, "stop")],
-        *[(408, None, "down"), (422, None, "refused"), (429, None, "busy"), (500, None, "down"), (503, None, "down")],
-        *[(503, 2.0, "busy"), (500, 2.0, "down"), (402, None, "stop"), (529, None, "down")],
-    ],
-)
-def test_meaning(status: int, after: float | None, what: str) -> None:
-    assert meaning(status, after) == what
+# Pauses that a server asks for, keys that it quotes, and what a row costs.
 
 
-def test_retry_after() -> None:
-    assert retry_after(None, 0) is None
-    assert retry_after("7", 0) == 7
-    assert retry_after(" 0.5 ", 0) == 0.5
-    assert retry_after("Thu, 01 Jan 1970 00:01:40 GMT", 40.0) == 60
-    assert retry_after("Thu, 01 Jan 1970 00:01:40 GMT", 400.0) == 0
-    assert retry_after("soon", 0) is None
-    assert retry_after("-3", 0) is None
+def test_a_pause_longer_than_patience_is_followed_by_a_request(tmp_path: Path, tokenizer: Any, serve: Any) -> None:
+    server = serve({"fault": "429", "retry_after": 2, "from": 3, "to": 11})
+    job = job_of(tmp_path, prompts(30))
+    began = time.monotonic()
+    answer_job(job, setting(tokenizer), fast(server.url, patience=1.0), quiet)
+    assert not job.failed
+    assert time.monotonic() - began > 1
 
 
-def test_backoff_doubles_to_its_limit_and_is_drawn_from_zero() -> None:
-    assert [backoff(n, 1.0, 10.0, lambda: 1.0) for n in (1, 2, 3, 4, 5, 2000)] == [1, 2, 4, 8, 10, 10]
-    rng = random.Random(0)
-    drawn = [backoff(3, 1.0, 10.0, rng.random) for _ in range(200)]
-    assert 0 <= min(drawn) < 0.5
-    assert 3.5 < max(drawn) <= 4
+def test_long_pauses_for_ever_end_with_patience(tmp_path: Path, tokenizer: Any, serve: Any) -> None:
+    server = serve({"fault": "429", "retry_after": 60})
+    job = job_of(tmp_path, prompts(30))
+    began = time.monotonic()
+    answer_job(job, setting(tokenizer), fast(server.url, patience=0.4), quiet)
+    assert len(job.failed) == 30
+    assert time.monotonic() - began < 3
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_breaker() -> None:
-    clock = Clock()
-    b = Breaker(3, 1.0, 4.0, clock, lambda: 1.0)
-    for _ in range(2):
-        b.failed()
-    b.answered()
-    for _ in range(2):
-        b.failed()
-    assert b.admits()
-    assert b.troubled() == 0
-    b.failed()
-    assert (b.state, b.admits(), b.probe_due()) == ("open", False, True)
-    waits = []
-    for _ in range(4):
-        b.probed(False)
-        assert not b.probe_due()
-        waits.append(b._until - clock.now)
-        clock.now = b._until
-        assert b.probe_due()
-    assert waits == [1, 2, 4, 4]
-    b.probed(True)
-    assert (b.state, b.admits()) == ("trial", True)
-    b.sent()
-    assert not b.admits()
-    b.failed()
-    assert (b.state, b.admits(), b.probe_due()) == ("open", False, False)
-    assert b.troubled() == 11
-    clock.now += 4
-    b.probed(True)
-    b.sent()
-    b.answered()
-    assert (b.state, b.admits(), b.troubled()) == ("closed", True, 0)
+@pytest.mark.parametrize("key", ["canary-" + "0123456789" * 5, 'can"ary\\1234'])
+@pytest.mark.parametrize("place", range(120, 180, 10))
+def test_a_key_at_the_edge_of_what_is_kept(
+    tmp_path: Path, tokenizer: Any, serve: Any, monkeypatch: pytest.MonkeyPatch, key: str, place: int
+) -> None:
+    """A 200 that is no answer quotes the key where the text is cut."""
+    monkeypatch.setenv("SOME_KEY", key)
+    server = serve(key=key)
+    page = {"padding": "x" * place, "key": key, "more": "y" * 200}
+    monkeypatch.setattr(loopback.Handler, "_answer", lambda self, body, fault: self._send(200, page))
+    job = job_of(tmp_path, prompts(1))
+    answer_job(job, setting(tokenizer), fast(server.url, api_key_env="SOME_KEY", attempts=1, patience=0.3), quiet)
+    told = (tmp_path / "failed-00000.jsonl").read_text()
+    assert "200 without choices" in told
+    assert "can" not in told
 
 
-def test_a_throttled_server_pauses_and_is_no_failure() -> None:
-    clock = Clock()
-    b = Breaker(1, 1.0, 4.0, clock, lambda: 1.0)
-    b.throttled(5)
-    b.answered()  # an answer that was under way does not end the pause
-    assert not b.admits()
-    clock.now += 5
-    assert b.admits()
-    b.throttled(5)
-    clock.now += 7
-    assert b.troubled() == 7
+def test_a_row_costs_the_same_in_a_large_shard(
+    tmp_path: Path, tokenizer: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is missing is listed when a shard is opened and published, not at every row."""
+    calls = [0]
+    listed = Shard.missing.fget  # type: ignore[attr-defined]
 
+    def counted(self: Shard) -> Any:
+        calls[0] += 1
+        return listed(self)
 
-def reply(**changes: Any) -> dict[str, Any]:
-    choice = {"text": "cat", "finish_reason": "stop", **changes}
-    return {"choices": [choice], "usage": {"completion_tokens": changes.get("counted")}}
-
-
-def test_ids_are_taken_as_they_are(tokenizer: Any) -> None:
-    end, s = tokenizer.eos_token_id, setting(tokenizer)
-    whole = read_answer(reply(token_ids=[70, 71, end], counted=3), [1], s, "w")
-    assert (whole.ids, whole.cut) == ([70, 71, end], False)
-    cut = read_answer(reply(token_ids=[70, 71], counted=2, finish_reason="length"), [1], s, "w")
-    assert (cut.ids, cut.cut) == ([70, 71], True)
-    # vLLM stops at an eos of its own too; the ids are the base's all the same
-    assert read_answer(reply(token_ids=[70, 71], counted=2), [1], s, "w").ids == [70, 71]
-    assert not read_answer(reply(token_ids=[70, end], counted=2, finish_reason="length"), [1], s, "w").cut
-
-
-@pytest.mark.parametrize(
-    ("changes", "kind"),
-    [
-        ({"token_ids": [70], "counted": 2}, "ids"),
-        ({"token_ids": []}, "ids"),
-        ({"token_ids": [True]}, "ids"),
-        ({"token_ids": [-1]}, "ids"),
-        ({"token_ids": "70"}, "ids"),
-        ({"token_ids": list(range(70, 80))}, "ids"),
-        ({"text": None}, "nonsense"),
-        ({"text": 3}, "nonsense"),
-        ({"finish_reason": None}, "nonsense"),
-        ({"finish_reason": "abort"}, "nonsense"),
-    ],
-)
-def test_nonsense(tokenizer: Any, changes: dict[str, Any], kind: str) -> None:
-    with pytest.raises(NonsenseError) as caught:
-        read_answer(reply(**changes), [1], setting(tokenizer), "w")
-    assert caught.value.kind == kind
-
-
-@pytest.mark.parametrize("body", [None, [], b"<html>", "x", {}, {"choices": None}, {"choices": [3]}])
-def test_no_answer_at_all(tokenizer: Any, body: Any) -> None:
-    with pytest.raises(NonsenseError):
-        read_answer(body, [1], setting(tokenizer), "w")
-
-
-def test_the_prompt_must_be_ours(tokenizer: Any) -> None:
-    read_answer(reply(token_ids=[70], prompt_token_ids=[1, 2]), [1, 2], setting(tokenizer), "w")
-    read_answer({**reply(token_ids=[70]), "prompt_token_ids": [1, 2]}, [1, 2], setting(tokenizer), "w")
-    with pytest.raises(PromptError, match="3 ids where ours are 2, the first other one at 0"):
-        read_answer(reply(token_ids=[70], prompt_token_ids=[0, 1, 2]), [1, 2], setting(tokenizer), "w")
-
-
-def test_text_alone_is_cut_again_and_verified(tokenizer: Any) -> None:
-    s = setting(tokenizer)
-    ids = tokenizer("the cat", add_special_tokens=False)["input_ids"]
-    for counted in (None, len(ids), len(ids) + 1):
-        assert read_answer(reply(text="the cat", counted=counted), [1], s, "w").ids == [*ids, tokenizer.eos_token_id]
-    cut = read_answer(reply(text="the cat", counted=len(ids), finish_reason="length"), [1], s, "w")
-    assert (cut.ids, cut.cut) == (ids, True)
-    assert read_answer(reply(text=""), [1], s, "w").ids == []
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"text": "the cat", "counted": 9},
-        {"text": "the cat", "counted": 1},
-        {"text": "the cat", "counted": 3, "finish_reason": "length"},
-        {"text": "<|end|>"},
-    ],
-)
-def test_text_that_does_not_verify(tokenizer: Any, changes: dict[str, Any]) -> None:
-    with pytest.raises(RowError) as caught:
-        read_answer(reply(**changes), [1], setting(tokenizer), "w")
-    assert caught.value.reason == "unverified"
-
-
-def test_said() -> None:
-    assert said({"error": {"message": "a\nb"}}) == "a b"
-    assert said(b'{"detail": "x"}') == "x"
-    assert said(b"\xff<html>") == "\ufffd<html>"
-    assert said("key is abc, abc", "abc") == "key is ***, ***"
-    assert len(said("x" * 999)) == 200
+    monkeypatch.setattr(Shard, "missing", property(counted))
+    job = job_of(tmp_path, prompts(60), 30)
+    answer_job(job, setting(tokenizer), fast(serve().url), quiet)
+    assert job.seal()
+    assert calls[0] <= 2 * len(job.shards)

@@ -6,7 +6,8 @@ from draftsmith.reporting.checkup import checkup
 
 REPORT: dict[str, Any] = {
     "environment": {"python": "3.11"},
-    "funnel": {"in": 12, "kept": 10, "quarantined": {"json": 2}, "looked_at": 5},
+    "funnel": {"in": 12, "kept": 10, "quarantined": {"json": 2}},
+    "sample": {"looked_at": 5, "refused": {"mask": 1}, "encoded": 4},
     "lengths": {"rows": {"p0": 1, "p100": 1200}, "histograms": {"rows": [[1, 4], [600, 0], [1200, 1]]}},
     "learned": 0.5,
     "context": 2048,
@@ -27,6 +28,14 @@ def test_plain() -> None:
     assert text.endswith("1 error, 1 note")
     assert "learned: 50.0% of the tokens; the base's context: 2,048" in text
     assert "\033" not in text
+
+
+def test_what_was_read_and_what_was_looked_at() -> None:
+    """Two tables: what is lost of all rows, and what of the sample."""
+    text = checkup(REPORT, colour=False)
+    told = [line.split() for line in text.partition("\nrows\n")[2].partition("\n\nlengths")[0].splitlines()]
+    assert told[:3] == [["in", "12"], ["-", "json", "2"], ["kept", "10"]]
+    assert told[-3:] == [["looked", "at", "5"], ["-", "mask", "1"], ["encoded", "4"]]
 
 
 def test_coloured() -> None:
