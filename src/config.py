@@ -271,11 +271,12 @@ def _in_sweep() -> bool:
     return HydraConfig.initialized() and getattr(HydraConfig.get().mode, "name", None) == "MULTIRUN"
 
 
-def claim(cfg: DictConfig, folder: Path) -> None:
+def claim(cfg: DictConfig, folder: Path, *, begun: bool = True) -> None:
     """Writes folder/config.yaml, or checks that what is there is the same run: another one is refused, key by
-    key, so that a folder never mixes two runs."""
+    key, so that a folder never mixes two runs. Until one has begun, a corrected command takes the folder over."""
     path = folder / "config.yaml"
-    if not path.exists():
+    theirs = typing.cast(DictConfig, OmegaConf.load(path)) if path.exists() else None
+    if theirs is None or (not begun and "heads" in theirs and "data" in theirs):
         plain = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k != "run_dir"}  # type: ignore[union-attr]
         with disk(folder, "a run directory"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -283,9 +284,8 @@ def claim(cfg: DictConfig, folder: Path) -> None:
             temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
             os.replace(temporary, path)
         return
-    theirs = identity(typing.cast(DictConfig, OmegaConf.load(path)))
-    ours = identity(cfg)
-    changed = [k for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)]
+    before, ours = identity(theirs), identity(cfg)
+    changed = [k for k in sorted({*ours, *before}) if ours.get(k) != before.get(k)]
     if changed:
-        table = ", ".join(f"{k}: {theirs.get(k)} -> {ours.get(k)}" for k in changed)
+        table = ", ".join(f"{k}: {before.get(k)} -> {ours.get(k)}" for k in changed)
         raise ConfigError(f"run_dir: {folder} holds another run ({table}); choose another run_dir")

@@ -49,9 +49,12 @@ def _complete(out: Path, base: prepare.BaseConfig, data: DataConfig) -> bool:
         supply.check(data)
         return False
     facts = artifacts.read_json(claim / artifacts.MANIFEST)
-    changed = [k for k, v in supply.facts_of(data, facts).items() if facts.get(k) != v]
+    asked = supply.facts_of(data, facts)
+    changed = [k for k, v in asked.items() if facts.get(k) != v]
     if changed:
-        raise ConfigError(f"out: {out} holds rows of another {' and '.join(changed)}; choose another folder")
+        before, now = (dict(config.flat({k: f.get(k) for k in changed})) for f in (facts, asked))
+        table = ", ".join(f"{k}: {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v)
+        raise ConfigError(f"out: {out} holds rows of another {' and '.join(changed)} ({table}); choose another folder")
     if claim is not out:
         return False
     verified(out)

@@ -63,7 +63,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     try:
         findings += _data(data, base, own, report)
     except DraftsmithError as e:
-        findings.append(checks.Finding("data", checks.ERROR, str(e), "see the message"))
+        findings.append(checks.Finding("data", checks.ERROR, str(e), "mend what it names"))
     findings.sort(key=lambda f: (checks.ERROR, checks.WARNING, checks.NOTE).index(f.severity))
     report["findings"] = checks.plain(findings)
     coloured = own.colour == "always" or (own.colour == "auto" and sys.stdout.isatty())
@@ -72,7 +72,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         artifacts.write_json(Path(own.out), report)
     errors = [f.name for f in findings if f.severity == checks.ERROR]
     if errors:
-        raise DataError(f"doctor: {len(errors)} errors: {', '.join(errors)}")
+        raise DataError(f"doctor: {len(errors)} error{'s' * (len(errors) > 1)}: {', '.join(errors)}")
     return report
 
 
@@ -112,6 +112,7 @@ def _data(data: DataConfig, base: BaseLM, own: DoctorConfig, report: dict[str, A
         raise DataError("0 rows are left to look at")
     report["lengths"], report["context"] = looks.lengths(rows), base.spec.max_positions
     if data.prompts is not None:  # no answers yet: the base will write them
+        report["shown"] = looks.shown(rows, base.tokenizer, own.show)
         return
     yield from _inspected(checks.Sample(rows, base.tokenizer, base.eos_ids, base.spec, looked), base, own, report)
     yield from _overlap(data, base, asked)

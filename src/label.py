@@ -51,7 +51,9 @@ def run(cfg: DictConfig) -> Path:
     with prepare.held(out):
         told = labels.label_folder(rows, out, plan, specs, lambda r: _label(base, companion, r, settings), prepare.say)
     counts, mean = told["counts"], told["mean_label"]
-    prepare.say(f"{counts['rows']} rows, {counts['labelled']} labels, mean {mean}, {time.perf_counter() - began:.1f} s")
+    seconds = time.perf_counter() - began
+    told_mean = "none" if mean is None else f"{mean:.3f}"
+    prepare.say(f"{counts['rows']:,} rows, {counts['labelled']:,} labels, mean {told_mean}, {seconds:.1f} s -> {out}")
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ def run(cfg: DictConfig) -> Path:
     supply.check(data)
     run_dir = config.run_dir(cfg, "train")
     first = strategy.is_first_process()
-    if first:
+    begun = artifacts.is_complete(run_dir, manifest="COMPLETE.json") or any((run_dir / "checkpoints").glob("step-*"))
+    if first and begun:
         config.claim(cfg, run_dir)
     source = artifacts.fingerprint(supply.content(data)) if data.chosen else None
     if artifacts.is_complete(run_dir, manifest="COMPLETE.json"):
@@ -41,7 +43,12 @@ def run(cfg: DictConfig) -> Path:
             raise DataError(f"{run_dir}: complete, but with other data than there is now; choose another run_dir")
         prepare.say(f"{run_dir}: already complete")
         return run_dir
+    if first:
+        with artifacts.disk(run_dir, "a run directory"):
+            run_dir.mkdir(parents=True, exist_ok=True)
     with prepare.held(run_dir) if first else contextlib.nullcontext():
+        if first and not begun:
+            config.claim(cfg, run_dir, begun=False)
         _run(cfg, run_dir, base_config, data, settings, chosen, source)
     return run_dir
 
@@ -142,6 +149,10 @@ def _fit(
         f"{len(rows.training)} rows{aside}, {tokens:,} tokens in {len(first)} packs per epoch"
         f" ({tokens / len(first) / data.length:.0%} full), {steps} steps"
     )
+    if len(set(weights_N.tolist())) > 1 or weights_N[0] != 1:
+        parts = Counter(zip(rows.training.text("part"), weights_N.tolist(), strict=True))
+        weighed = ", ".join(f"{part} {n:,} x {weight:g}" for (part, weight), n in sorted(parts.items()))
+        prepare.say(f"rows by weight: {weighed} -> {sum(map(len, first)):,} in the first epoch")
     if steps < FEW_STEPS:
         prepare.say(f"note: {steps} steps teach a head little; more rows, epochs, or a smaller global batch make more")
     fit.rehearse(base, heads, stream[0].to(base.device))

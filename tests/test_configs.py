@@ -65,6 +65,11 @@ def compose(verb: str, *overrides: str) -> DictConfig:
     cfg = config.compose(verb, overrides)
     for key in OmegaConf.missing_keys(cfg):
         OmegaConf.update(cfg, key, "given")
+    data, prompts = cfg.get("data"), OmegaConf.select(cfg, "data.prompts")
+    if data is not None and prompts is None and "sources" in data and not (data.path or data.sources):
+        data.path = "given"  # which of path and sources a user gives is open
+    if prompts is not None and not (prompts.path or prompts.sources or prompts.synthetic or prompts.text):
+        prompts.path = "given"
     return cfg
 
 

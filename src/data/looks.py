@@ -24,7 +24,8 @@ def lengths(rows: Rows) -> dict[str, Any]:
 
 def _histogram(values: Any) -> list[list[int]]:
     """[where a bin begins, how many lie in it]"""
-    counts, edges = np.histogram(values, bins=10)
+    edges = np.unique(np.linspace(min(values), max(values) + 1, 11).astype(int))
+    counts, _ = np.histogram(values, bins=edges)
     return [[int(a), int(n)] for a, n in zip(edges[:-1], counts, strict=True)]
 
 

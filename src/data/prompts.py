@@ -32,7 +32,7 @@ class PromptsConfig:
         if self.path is not None and self.sources:
             raise ConfigError("path, sources: give one of them")
         if self.path is None and not self.sources and self.synthetic + self.text == 0:
-            raise ConfigError("path, sources, synthetic, text: give prompts, or how many to make up")
+            raise ConfigError("path, sources, synthetic, text: give prompts (path=…), or how many to make up")
 
     @property
     def chosen(self) -> Mapping[str, SourceConfig]:

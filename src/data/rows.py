@@ -200,6 +200,8 @@ class Rows(Sequence[Row]):
 def verified(folder: Path, spec: BaseSpec | None = None) -> dict[str, Any]:
     """The manifest of a folder of rows, after checking every shard against it, that no other shard lies there,
     and, with a spec, that the ids are this base's."""
+    if (folder / "asked").is_dir() and not artifacts.is_complete(folder):
+        raise DataError(f"{folder}: its rows are not complete; start that draftsmith distill again first")
     facts = artifacts.verify(folder)
     if facts.get("kind") not in ("rows", "labels"):
         raise DataError(f"{folder}: holds {facts.get('kind') or 'something else'}, not rows")

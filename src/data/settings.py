@@ -46,8 +46,12 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        if sum((self.path is not None, bool(self.sources), self.prompts is not None)) != 1:
-            raise ConfigError("path, sources, prompts: give one of them; rows to read, or prompts to answer first")
+        given = [name for name in ("path", "sources", "prompts") if getattr(self, name)]
+        if len(given) != 1:
+            raise ConfigError(
+                f"path, sources, prompts: give one of them, not {' and '.join(given) or 'none'}; rows to read are"
+                " data=jsonl data.path=…, prompts to answer first data=prompts data.prompts.path=…"
+            )
         for name, value, choices in (
             ("loss_on", self.loss_on, ("assistant", "all")),
             ("turns", self.turns, ("all", "last")),

@@ -50,7 +50,7 @@ def _shape_of(value: dict[str, Any], where: str) -> str:
         where,
         "shape",
         f"has neither messages, conversations, instruction, prompt, text nor ids; keys: {sorted(value)};"
-        " name yours with `columns`",
+        " name yours, as 'data.sources={mine: {path: …, columns: {prompt: question}}}'",
     )
 
 

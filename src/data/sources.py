@@ -125,7 +125,8 @@ def _of_folder(folder: Path, split: str) -> list[Path]:
         raise DataError(f"{folder}: no file in it that is one of {SUFFIXES}")
     if len(held) > 1:
         named = " and ".join(f"{kind} ({paths[0].name})" for kind, paths in held.items())
-        raise DataError(f"{folder}: holds {named}; name one kind, such as {folder}/*{KINDS[next(iter(held))][0]}")
+        one = f"{folder}/*{KINDS[next(iter(held))][0]}"
+        raise DataError(f"{folder}: holds {named}; name one kind, such as {one}, or each in data.sources")
     return next(iter(held.values()))
 
 
@@ -212,7 +213,8 @@ def _parsed(raw: bytes, where: str, *, first: bool, torn: bool) -> dict[str, Any
         return RowError(where, "encoding", f"not UTF-8 ({e.reason} at byte {e.start})")
     except json.JSONDecodeError as e:
         cut = "; the file ends in the middle of it" if torn else ""
-        return RowError(where, "json", f"not JSON ({e.msg} at column {e.colno}{cut}); mend or delete the line")
+        told = e.msg.removesuffix(" at")
+        return RowError(where, "json", f"not JSON ({told} at column {e.colno}{cut}); mend or delete the line")
     except ValueError as e:  # a number of thousands of digits
         return RowError(where, "json", f"not JSON that can be read ({e})")
     except RecursionError:
@@ -245,7 +247,7 @@ def _json(path: Path) -> Iterator[Raw]:
     try:
         values = json.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as e:
-        yield f"{path}:1", RowError(f"{path}:1", "json", f"not a JSON array ({e})")
+        yield f"{path}:1", RowError(f"{path}:1", "json", f"not a whole JSON array ({e})")
         return
     for number, value in enumerate(values, start=1):
         yield f"{path}:{number}", _object(value, f"{path}:{number}")

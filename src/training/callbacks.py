@@ -115,6 +115,9 @@ class Progress(L.Callback):
         if not (trainer.is_global_zero and step_done(trainer, idx)):
             return
         step = module.done(idx)
+        if module.validated:
+            told = "  ".join(self.parts(module, "validation", module.validated))
+            tqdm.write(f"step {step}/{module.steps}  validation: {told}")
         if self.bar is not None:
             self.bar.update(1)
             if module.measured:
@@ -125,14 +128,17 @@ class Progress(L.Callback):
             print(f"step {step}/{module.steps}  {self.text(module)}  {left:.0f} s left", flush=True)
 
     def text(self, module: TrainModule) -> str:
+        return "  ".join([*self.parts(module, "train", module.measured), f"{self.clock.rate:,.0f} tok/s"])
+
+    def parts(self, module: TrainModule, kind: str, measured: Mapping[str, float]) -> list[str]:
         parts = []
         for name, _ in module.each_head():
-            m = {k.removeprefix(f"train/{name}/"): v for k, v in module.measured.items()}
+            m = {k.removeprefix(f"{kind}/{name}/"): v for k, v in measured.items()}
             top1 = "/".join(f"{m[k]:.2f}" for k in sorted(m, key=len) if k.startswith("top1/"))
             parts.append(f"{name} loss {m['loss']:.3f}")
             parts += [f"top-1 {top1}"] if top1 else []
             parts += [f"tokens/step ~{m['tokens_per_step']:.2f}"] if "tokens_per_step" in m else []
-        return "  ".join([*parts, f"{self.clock.rate:,.0f} tok/s"])
+        return parts
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.bar is not None:

@@ -26,7 +26,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         if (self.max_steps is None) == (self.epochs is None):
-            raise ConfigError("max_steps, epochs: give one of them")
+            raise ConfigError("max_steps, epochs: give one of them; set the other to null, as trainer.epochs=null")
         for name, choices in (("precision", ("fp32", "bf16")), ("accelerator", ("cpu", "gpu"))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}='{getattr(self, name)}': choose one of {', '.join(choices)}")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from hydra.errors import HydraException
 
+from draftsmith import config
 from draftsmith.base import create
 from draftsmith.data import synthetic
+from draftsmith.errors import DraftsmithError
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {
@@ -77,6 +83,20 @@ def start(command: list[str], cwd: Path, **environment: str) -> subprocess.Popen
 def draftsmith(verb: str, *overrides: str, cwd: Path, **environment: str) -> tuple[int, str]:
     """(exit code, output) of `python -m draftsmith.<verb>`."""
     return finish(start([sys.executable, "-m", f"draftsmith.{verb}", *overrides], cwd, **environment))
+
+
+def call(verb: str, *overrides: str, cwd: Path) -> tuple[int, str]:
+    """(exit code, output) of a verb in this process, which saves the seconds of starting one."""
+    told = io.StringIO()
+    with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(told):
+        m.setenv("DRAFTSMITH_CACHE", str(cwd / "cache"))
+        try:
+            import_module(f"draftsmith.{verb}").run(config.compose(verb, overrides))
+        except DraftsmithError as e:
+            return e.exit_code, f"{told.getvalue()}error: {e}"
+        except HydraException as e:
+            return 2, f"error: {config._explain(e, verb)}"
+    return 0, told.getvalue()
 
 
 def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from draftsmith.data import importing
 from draftsmith.data.rows import read_folder
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError, DataError, PeerError
-from tests.integration.conftest import draftsmith, finish, lines, start
+from tests.integration.conftest import call, finish, lines, start
 
 GENERATION = ["data.generation.max_new_tokens=10", "data.generation.batch_size=3", "data.generation.shard_rows=4"]
 
@@ -190,26 +190,26 @@ def test_sources_by_name_and_weight(micro: Path, tmp_path: Path) -> None:
         "data.sources={a: {path: a.jsonl, weight: 0.5}, b: {path: b.jsonl, weight: 2, columns: {prompt: q,"
         " completion: a}}}"
     )
-    command = ["base=hf", f"base.path={micro / 'base'}", "data=jsonl", "data.path=null", named, "data.length=64"]
+    command = ["base=hf", f"base.path={micro / 'base'}", "data=jsonl", named, "data.length=64"]
     more = ["data.batch_size=1", "trainer.epochs=null", "trainer.max_steps=2", "trainer.threads=1", "run_dir=run"]
-    code, output = draftsmith("train", *command, *more, cwd=tmp_path)
+    code, output = call("train", *command, *more, cwd=tmp_path)
     assert code == 0, output
     assert "read 10 rows: all of 10 rows fit" in output
-    assert "10 rows, " in output
+    assert "rows by weight: a 6 x 0.5, b 4 x 2 -> 11 in the first epoch" in output
 
 
 def test_validation_is_measured_and_never_learned(micro: Path, tmp_path: Path) -> None:
     command = ["base=hf", f"base.path={micro / 'base'}", "data=jsonl", f"data.path={micro / 'chats.jsonl'}"]
     command += ["data.length=256", "data.batch_size=2", "data.long_rows=truncate", "trainer.threads=1"]
     command += ["trainer.epochs=null", "trainer.max_steps=4"]
-    code, output = draftsmith(
+    code, output = call(
         "train", *command, "data.validation.share=0.3", "data.validation.every=2", "run_dir=run", cwd=tmp_path
     )
     assert code == 0, output
     told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [t["step"] for t in told if "validation/medusa/loss" in t] == [2, 4]
     leak = f"data.validation.path={micro / 'chats.jsonl'}"
-    code, output = draftsmith("train", *command, leak, "run_dir=leaks", cwd=tmp_path)
+    code, output = call("train", *command, leak, "run_dir=leaks", cwd=tmp_path)
     assert code == 3
     assert "are trained on too" in output
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import random
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from draftsmith import config
 from draftsmith.base import create
 from draftsmith.data import synthetic
-from draftsmith.errors import DraftsmithError
-from tests.integration.conftest import SHAPE, draftsmith, lines
+from tests.integration.conftest import SHAPE, call, draftsmith, lines
 
 # Thinks if it is told to: an answer may begin with its thoughts.
 TEMPLATE = (
@@ -72,18 +67,6 @@ def planted(tokenizer: Any, chats: list[list[dict[str, Any]]]) -> list[dict[str,
     tokens.append({"ids": [40, 41, 42, 43], "mask": [0, 0, 0, 0]})
     tokens.append({"ids": [40, 100_000, 42], "mask": [0, 1, 1]})
     return [*said, *tokens]
-
-
-def call(verb: str, *overrides: str, cwd: Path) -> tuple[int, str]:
-    """(exit code, output) of a verb in this process, which saves the seconds of starting one."""
-    told = io.StringIO()
-    with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(told):
-        m.setenv("DRAFTSMITH_CACHE", str(cwd / "cache"))
-        try:
-            import_module(f"draftsmith.{verb}").run(config.compose(verb, overrides))
-        except DraftsmithError as e:
-            return e.exit_code, f"{told.getvalue()}error: {e}"
-    return 0, told.getvalue()
 
 
 PLANTED = {

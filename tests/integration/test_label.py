@@ -13,7 +13,7 @@ from draftsmith.base import create, lm
 from draftsmith.data import synthetic
 from draftsmith.data.rows import Row, read_folder, read_table, write_rows
 
-from .conftest import SHAPE, draftsmith
+from .conftest import SHAPE, call
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def label(folder: Path, out: str, *more: str, **chosen: str) -> tuple[int, str]:
     names = {"base": "base", "companion": "draft", **chosen}
     overrides = [f"{role}={what}" for role, name in names.items() for what in ("hf",)]
     overrides += [f"{role}.path={folder / name}" for role, name in names.items()]
-    return draftsmith("label", *overrides, f"rows={folder / 'rows'}", f"out={folder / out}", *more, cwd=folder)
+    return call("label", *overrides, f"rows={folder / 'rows'}", f"out={folder / out}", *more, cwd=folder)
 
 
 def bytes_of(out: Path) -> dict[str, bytes]:

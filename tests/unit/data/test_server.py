@@ -488,10 +488,10 @@ def test_a_server_that_returns_with_another_model(tmp_path: Path, tokenizer: Any
 
 
 def test_a_pause_longer_than_patience_is_followed_by_a_request(tmp_path: Path, tokenizer: Any, serve: Any) -> None:
-    server = serve({"fault": "429", "retry_after": 2, "from": 3, "to": 11})
+    server = serve({"fault": "429", "retry_after": 3, "from": 3, "to": 6})
     job = job_of(tmp_path, prompts(30))
     began = time.monotonic()
-    answer_job(job, setting(tokenizer), fast(server.url, patience=1.0), quiet)
+    answer_job(job, setting(tokenizer), fast(server.url, patience=2.0), quiet)
     assert not job.failed
     assert time.monotonic() - began > 1
 

@@ -74,7 +74,7 @@ def test_every_shape_has_a_good_row_above() -> None:
     ("value", "reason", "says"),
     [
         ({}, "shape", "has neither"),
-        ({"question": "x"}, "shape", r"keys: \['question'\]; name yours with `columns`"),
+        ({"question": "x"}, "shape", r"keys: \['question'\]; name yours, as 'data.sources="),
         ({"messages": None}, "shape", "has neither"),
         ({"instruction": "x"}, "shape", "has neither"),
         ({"messages": []}, "messages", "non-empty list"),

@@ -191,7 +191,7 @@ def test_damaged_tables_are_named(tmp_path: Path, name: str, damage: Callable[[b
 def test_a_damaged_json_array_is_one_bad_row(tmp_path: Path, content: bytes) -> None:
     (bad,) = found(file(tmp_path, content, "a.json"))
     assert isinstance(bad, RowError)
-    assert "a.json:1: not a JSON array" in str(bad)
+    assert "a.json:1: not a whole JSON array" in str(bad)
 
 
 def test_bad_rows_of_a_json_array(tmp_path: Path) -> None:
