@@ -131,3 +131,17 @@ def close() -> Any:
         assert error <= 1e-5 * max(1.0, float(expected.abs().max())), f"differs by {error:.2e}"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def greedy():
+    """greedy(base, prompt, count): the next tokens by one full forward each."""
+
+    @torch.no_grad()
+    def loop(base, prompt, count):
+        out = list(prompt)
+        for _ in range(count):
+            out.append(int(base.model(torch.tensor([out]), use_cache=False).logits[0, -1].argmax()))
+        return out[len(prompt) :]
+
+    return loop

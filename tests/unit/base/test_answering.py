@@ -10,15 +10,7 @@ from draftsmith.errors import ConfigError, DataError
 PROMPTS = [[3, 9, 27], [50] * 2 + list(range(12)), [8], list(range(20, 30))]
 
 
-@torch.no_grad()
-def greedy(base, prompt, count):
-    out = list(prompt)
-    for _ in range(count):
-        out.append(int(base.model(torch.tensor([out]), use_cache=False).logits[0, -1].argmax()))
-    return out[len(prompt) :]
-
-
-def test_together_is_one_by_one(base):
+def test_together_is_one_by_one(base, greedy):
     """Every family: learned positions, sliding windows, partial rotation."""
     expected = [greedy(base, prompt, 12) for prompt in PROMPTS]
     assert base.answer(PROMPTS, max_new_tokens=12, batch_size=3) == expected
@@ -26,7 +18,7 @@ def test_together_is_one_by_one(base):
 
 @pytest.mark.parametrize("leave", [0.01, 0.5, 1.0])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
-def test_a_row_that_ends_changes_nothing_for_the_others(make_model, monkeypatch, name, leave):
+def test_a_row_that_ends_changes_nothing_for_the_others(make_model, monkeypatch, name, leave, greedy):
     """Ended rows leave the batch: at once, half of them together, or never."""
     base = BaseLM(make_model(name))
     monkeypatch.setattr(answering, "LEAVE", leave)
@@ -37,7 +29,7 @@ def test_a_row_that_ends_changes_nothing_for_the_others(make_model, monkeypatch,
     assert base.answer(PROMPTS, max_new_tokens=14) == expected
 
 
-def test_rows_leave(make_model, monkeypatch):
+def test_rows_leave(make_model, monkeypatch, greedy):
     """The forwards get narrower as rows end."""
     base = BaseLM(make_model("llama"))
     free = [greedy(base, prompt, 10) for prompt in PROMPTS]

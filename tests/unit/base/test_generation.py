@@ -9,15 +9,7 @@ from draftsmith.errors import ConfigError, DataError
 PROMPTS = [[3, 9, 27], [50] * 2 + list(range(12)), [8], list(range(20, 30))]
 
 
-@torch.no_grad()
-def greedy(base, prompt, count):
-    out = list(prompt)
-    for _ in range(count):
-        out.append(int(base.model(torch.tensor([out]), use_cache=False).logits[0, -1].argmax()))
-    return out[len(prompt) :]
-
-
-def test_batches_equal_one_by_one_greedy(base):
+def test_batches_equal_one_by_one_greedy(base, greedy):
     expected = [greedy(base, prompt, 12) for prompt in PROMPTS]
     assert base.generate(PROMPTS, max_new_tokens=12, batch_size=3) == expected
 
@@ -60,7 +52,7 @@ def test_sampling_follows_the_base(make_model):
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
 
 
-def test_a_checkpoints_generation_config_does_not_leak(make_model, monkeypatch):
+def test_a_checkpoints_generation_config_does_not_leak(make_model, monkeypatch, greedy):
     model = make_model("llama")
     expected = [greedy(BaseLM(model), prompt, 8) for prompt in PROMPTS]
     config = model.generation_config

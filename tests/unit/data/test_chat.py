@@ -1,10 +1,9 @@
 """From chats to ids and masks, against families written down piece by piece (templates/oracle.py)."""
 
-import importlib.util
 import random
-from pathlib import Path
 from typing import Any
 
+import oracle as o
 import pytest
 
 from draftsmith.data import chat
@@ -12,17 +11,6 @@ from draftsmith.data.chat import ChatConfig
 from draftsmith.data.script import Facts
 from draftsmith.errors import ConfigError, DataError, RowError
 
-
-def load_oracle() -> Any:
-    path = Path(__file__).parent / "templates" / "oracle.py"
-    spec = importlib.util.spec_from_file_location("oracle", path)
-    assert spec is not None and spec.loader is not None  # noqa: PT018
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-o = load_oracle()
 CHATS, FAMILIES, TOOL_CHAT, TOOLS = o.CHATS, o.FAMILIES, o.TOOL_CHAT, o.TOOLS
 turns, bare, expected, tokenizer_of, with_template = o.turns, o.bare, o.expected, o.tokenizer_of, o.with_template
 masked = o.masked

@@ -1,11 +1,10 @@
 """What our own encoding makes of good chats is well in every chat template's eyes, and a mask off by one is not."""
 
-import importlib.util
 import json
 import random
-from pathlib import Path
 from typing import Any
 
+import oracle as o
 import pytest
 
 from draftsmith.contracts import BaseSpec
@@ -15,17 +14,6 @@ from draftsmith.data.rows import Row, Rows
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import RowError
 
-
-def load_oracle() -> Any:
-    path = Path(__file__).parent / "templates" / "oracle.py"
-    spec = importlib.util.spec_from_file_location("oracle", path)
-    assert spec is not None and spec.loader is not None  # noqa: PT018
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-o = load_oracle()
 Messages = list[dict[str, Any]]
 SPEC = BaseSpec("llama", 8, 8, 400, 1, 1, 1, 8, 4096)
 MARKED = [(f, m) for f in o.FAMILIES for m in (True, False) if m is False or f != "mistral"]
