@@ -18,13 +18,15 @@ what leaves the last block, *before* the final norm). `final` is the final norm'
 lm_head reads. (Hugging Face's `hidden_states[-1]` is `final`, not `hidden[num_layers]`.)
 
 Shape suffixes: B rows, T positions, D hidden size, V vocabulary, K depths or offsets, N tree nodes,
-Q positions of this forward, S slots of the K/V including this forward's.
+C nodes of one depth, A those that are chosen (accepted, expanded), Q positions of this forward, S slots of
+the K/V including this forward's.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -35,8 +37,9 @@ from torch import Tensor, nn
 class BaseSpec:
     """What a head may know of a base before any weight is loaded, and what ties the head to that base.
 
-    Sizes are plain integers. `path` and `revision` name the base as transformers loads it; the three
-    sha256 fingerprints are those of its configuration, its tokenizer and its chat template ("" = has none).
+    Sizes are plain integers; norm_eps, rope_theta, qkv_bias and qk_norm are those of its blocks. `path` and
+    `revision` name the base as transformers loads it; the three sha256 fingerprints are those of its
+    configuration, its tokenizer and its chat template ("" = has none).
     """
 
     family: str
@@ -49,6 +52,11 @@ class BaseSpec:
     head_dim: int
     max_positions: int
     lm_head_bias: bool = False
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    llama_blocks: bool = False  # its blocks are Llama's, so that a head may start from a copy of one
+    qkv_bias: bool = False
+    qk_norm: bool = False
     path: str = ""
     revision: str | None = None
     config_sha256: str = ""
@@ -94,6 +102,10 @@ class KV(Protocol):
     @property
     def length(self) -> int:
         """Slots in use."""
+        ...
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Append key and value [B, H, Q, head_dim] to a layer's; returns all of it, [B, H, S, head_dim]."""
         ...
 
     def crop(self, length: int) -> None:
@@ -147,7 +159,13 @@ class BaseView(Protocol):
         """[V] or None."""
         ...
 
-    def new_kv(self) -> KV: ...
+    def new_kv(self, num_layers: int | None = None) -> KV:
+        """Empty K/V of the base, or of `num_layers` blocks of a head's own."""
+        ...
+
+    def block_weights(self, layer: int) -> dict[str, Tensor]:
+        """The parameters of block `layer` by Llama's names; only where spec.llama_blocks."""
+        ...
 
     def to(self, device: torch.device | str) -> BaseView: ...
 
@@ -159,8 +177,11 @@ class BaseView(Protocol):
         positions_BQ: Tensor | None = None,
         mask_BQS: Tensor | None = None,
         kv: KV | None = None,
+        entered: tuple[int, Tensor] | None = None,
     ) -> Capture:
-        """One forward. Without positions they count on from the K/V's length; mask as in run_layers."""
+        """One forward, as far up as `needs` asks. Without positions they count on from the K/V's length; mask as
+        in run_layers. entered (layer, hidden [B, Q, D]): blocks 0..layer-1 have run for these tokens already,
+        and their K/V holds them."""
         ...
 
 
@@ -203,6 +224,22 @@ class LossOut:
 
 
 @dataclass(frozen=True)
+class Level:
+    """The nodes of one depth, C of them, and who is above them; what a drafter needs that fills a tree downwards.
+
+    nodes: their place in the tree. above_C: each one's parent, counted within the level above; of_C: counted among
+    those of the level above that have children. expanded_A: which of these nodes have children themselves, counted
+    within this level. ranks_C: as in TreeShape.
+    """
+
+    nodes: slice
+    above_C: Tensor
+    of_C: Tensor
+    expanded_A: Tensor
+    ranks_C: Tensor
+
+
+@dataclass(frozen=True)
 class TreeShape:
     """The static shape of a proposal. Node 0 is the root; a parent stands before its children.
 
@@ -214,11 +251,33 @@ class TreeShape:
     depths_N: Tensor
     ranks_N: Tensor
 
-    @property
+    @cached_property
     def depth(self) -> int:
         return int(self.depths_N.max())
 
-    @property
+    @cached_property
+    def levels(self) -> list[Level]:
+        """Its depths 1, 2, … in order. Nodes of equal depth must stand together, as `decoding.tree` makes them."""
+        parents, device = self.parents_N.tolist(), self.parents_N.device
+        depths = self.depths_N.tolist()
+        has_children = set(parents)
+        above, expanded, found = [0], [0], []
+        for depth in range(1, self.depth + 1):
+            nodes = [n for n, d in enumerate(depths) if d == depth]
+            assert nodes == list(range(nodes[0], nodes[-1] + 1)), "nodes of equal depth must stand together"
+            mine = [n for n in nodes if n in has_children]
+            rows = [
+                [above.index(parents[n]) for n in nodes],
+                [expanded.index(parents[n]) for n in nodes],
+                [n - nodes[0] for n in mine],
+            ]
+            indices = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+            span = slice(nodes[0], nodes[-1] + 1)
+            found.append(Level(span, *indices, self.ranks_N[span]))
+            above, expanded = nodes, mine
+        return found
+
+    @cached_property
     def width(self) -> int:
         """How many candidates the widest depth asks for."""
         return int(self.ranks_N.max()) + 1
@@ -226,10 +285,15 @@ class TreeShape:
 
 @dataclass
 class Proposal:
-    """Drafted tokens as a tree. tokens_N[0] is the root; parents_N[0] = -1; parents stand before children."""
+    """Drafted tokens as a tree. tokens_N[0] is the root; parents_N[0] = -1; parents stand before children.
+
+    entered (layer, hidden [B, N, D]): the drafter has run the base's blocks 0..layer-1 for these nodes, in this
+    order, on the base's own K/V; verification runs the rest.
+    """
 
     tokens_N: Tensor
     parents_N: Tensor
+    entered: tuple[int, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -247,17 +311,22 @@ class Verdict:
 
 @dataclass
 class State:
-    """What a drafter may look at before a step, for one sequence.
+    """What a drafter may look at before a step, for one sequence (or B equal rows of it).
 
     tokens: prompt and everything emitted, the root last. root: that last token.
-    seen: capture of the positions accepted by the last step (or of the whole prompt), in order, [1, A, .];
+    seen: capture of the positions accepted by the last step (or of the whole prompt), in order, [B, A, .];
     its last position is the one that predicted the root. shape: the tree to fill.
+    kv: the base's, every emitted token but the root; a drafter that runs base blocks leaves their slots in it and
+    says so in Proposal.entered. head_kv: the drafter's own, made and kept by it between steps; it holds emitted
+    tokens only, since `seen` brings the truth about every position that was accepted.
     """
 
     tokens: list[int]
     root: int
     seen: Capture
     shape: TreeShape
+    kv: KV | None = None
+    head_kv: KV | None = None
 
 
 class Drafter(Protocol):
@@ -273,7 +342,10 @@ class Head(nn.Module, ABC):
     """A trained auxiliary module. Subclasses set the class variables and write forward, loss and their role's
     method. `__init__(config, spec)` allocates only (safe on the meta device); `initialise(base)` sets the
     weights that depend on the base and is called once, before training, never when a head is loaded.
+    progress: the share of training that is done, which a loss may schedule its terms by.
     """
+
+    progress = 1.0
 
     Config: ClassVar[type]
     role: ClassVar[str]  # "drafter"
@@ -295,8 +367,9 @@ class Head(nn.Module, ABC):
         """The largest k for which the loss looks at x_{t+k}."""
 
     @abstractmethod
-    def initialise(self, base: BaseView) -> None:
-        """Set the weights that start from the base's, and zero those that must start at zero."""
+    def initialise(self, base: BaseView, counts_V: Tensor | None = None) -> None:
+        """Set the weights that start from the base's, and zero those that must start at zero. counts_V: how often
+        each token is learned in the training rows, all that a head may know of them beforehand; None: unknown."""
 
     @abstractmethod
     def loss(self, base: BaseView, seen: Capture, batch: Batch, *, measure: bool = True) -> LossOut:

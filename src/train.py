@@ -74,7 +74,8 @@ def _run(
     base = prepare.load_base(base_config, own_gpu if settings.trainer.accelerator == "gpu" else "cpu")
     before = base.weights_sha256()
     chosen_rows = rows_for(data, base)
-    heads = {name: new_head(kind, own, name, base, cfg.seed) for name, (kind, own) in chosen.items()}
+    counts_V = torch.from_numpy(chosen_rows.training.token_counts(base.spec.vocab_size))
+    heads = {name: new_head(kind, own, name, base, cfg.seed, counts_V) for name, (kind, own) in chosen.items()}
     ties = {"base": before, "rows": chosen_rows.training.sha256()}
     _fit(base, heads, chosen_rows, data, run_dir, cfg.seed, settings, ties)
     if base.weights_sha256() != before:

@@ -71,7 +71,7 @@ def _batch(
     tokens_BT, real_BS = _padded(prompts, base.device)
     positions_BT = (real_BS.cumsum(1) - 1).clamp(min=0)
     going = list(range(len(prompts)))  # which prompts the rows of the batch are
-    kv = base.new_kv(tokens_BT.shape[1] + sampling.max_new_tokens)
+    kv = base.new_kv(capacity=tokens_BT.shape[1] + sampling.max_new_tokens)
     wanted = Needs(final=True)
     slots = torch.arange(tokens_BT.shape[1], device=base.device)
     mask_BQS = real_BS[:, None, :] & (slots[:, None] >= slots[None, :])

@@ -26,6 +26,7 @@ class Paths:
     softcap: the key of the configuration that bounds the logits ("" = none).
     attention: the Hugging Face attention that computes this family correctly; "eager" where sdpa cannot.
     intermediate: the key of the configuration with the width of the MLP.
+    llama_blocks: its blocks are Llama's: RMSNorm, rotated keys, gated SiLU MLP, parameters by the same names.
     """
 
     embed: str = "model.embed_tokens"
@@ -40,13 +41,14 @@ class Paths:
     softcap: str = ""
     attention: Literal["sdpa", "eager"] = "sdpa"
     intermediate: str = "intermediate_size"
+    llama_blocks: bool = False
 
 
 FAMILIES: dict[str, Paths] = {
-    "llama": Paths(),
-    "qwen2": Paths(window="by_type"),
-    "qwen3": Paths(window="by_type"),
-    "mistral": Paths(window="all"),
+    "llama": Paths(llama_blocks=True),
+    "qwen2": Paths(window="by_type", llama_blocks=True),
+    "qwen3": Paths(window="by_type", llama_blocks=True),
+    "mistral": Paths(window="all", llama_blocks=True),
     "phi3": Paths(window="all"),
     # The three gemmas scale their embedding inside the embedding module, so the table need not know of it.
     "gemma": Paths(),

@@ -107,9 +107,15 @@ class BaseLM:
     def lm_head_bias(self) -> Tensor | None:
         return self._head.bias
 
-    def new_kv(self, capacity: int = 256) -> KV:
+    def new_kv(self, num_layers: int | None = None, *, capacity: int = 256) -> KV:
         """Empty K/V with this many slots made ahead; they double as needed."""
+        if num_layers is not None:
+            return KV(num_layers, capacity)
         return KV(self.spec.num_layers, capacity, windowed=self._windowed)
+
+    def block_weights(self, layer: int) -> dict[str, Tensor]:
+        assert self.spec.llama_blocks, f"the blocks of {self.spec.family} are not Llama's"
+        return dict(self._layers[layer].named_parameters())
 
     def run_layers(
         self,
@@ -141,10 +147,12 @@ class BaseLM:
         positions_BQ: Tensor | None = None,
         mask_BQS: Tensor | None = None,
         kv: contracts.KV | None = None,
+        entered: tuple[int, Tensor] | None = None,
     ) -> Capture:
         """One forward without gradients; keeps what `needs` names and nothing else.
 
-        Stops after the last block that is needed: with a K/V, the blocks above keep their older length.
+        Stops after the last block that is needed: with a K/V, the blocks above keep their older length. `entered`
+        begins with that forward's residual stream instead of the embedding, at the block above it.
         """
         top = self._last_needed(needs)
         counted = positions_BQ is None
@@ -154,11 +162,14 @@ class BaseLM:
             if self._learned_positions is not None and stop > self.spec.max_positions:
                 raise DataError(f"base: {stop} tokens, but it has only {self.spec.max_positions} positions")
             positions_BQ = torch.arange(past, stop, device=tokens_BQ.device).unsqueeze(0)
-        hidden_BQD = self.enter(tokens_BQ, positions_BQ)
-        inputs = self._block_inputs(hidden_BQD, 0, positions_BQ, mask_BQS, kv, counted) if top else {}
+        begin, hidden_BQD = (0, self.enter(tokens_BQ, positions_BQ)) if entered is None else entered
         wanted = needs.hidden
-        seen = {0: hidden_BQD} if 0 in wanted else {}
-        for layer in range(top):
+        assert begin <= min(wanted, default=begin), (
+            f"hidden {sorted(wanted)} of a forward that begins above block {begin}"
+        )
+        inputs = self._block_inputs(hidden_BQD, begin, positions_BQ, mask_BQS, kv, counted) if top > begin else {}
+        seen = {begin: hidden_BQD} if begin in wanted else {}
+        for layer in range(begin, top):
             hidden_BQD = self._layers[layer](hidden_BQD, **inputs[self._kinds[layer]])
             if layer + 1 in wanted:
                 seen[layer + 1] = hidden_BQD

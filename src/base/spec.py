@@ -23,6 +23,9 @@ NOISE = frozenset(
 )
 
 
+NORM_EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+
+
 def tokenizer_sha256(tokenizer: Any) -> str:
     """Fingerprint of what turns text into ids: the fast tokenizer's own JSON, or the vocabulary without one.
 
@@ -51,6 +54,10 @@ def spec_of(model: Any, paths: Paths, tokenizer: Any, path: str, revision: str |
     config = model.config
     heads = config.num_attention_heads
     head = part(model, paths.head)
+    names = dict(part(model, paths.layers)[0].named_parameters()) if paths.llama_blocks else {}
+    # a bias elsewhere (Llama's attention_bias, mlp_bias) makes a block that a head's own cannot copy
+    plain = not any(n.endswith("bias") and not n.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")) for n in names)
+    rope = getattr(config, "rope_parameters", None) or {}
     shape = {k: v for k, v in config.to_dict().items() if k not in NOISE}
     return BaseSpec(
         family=config.model_type,
@@ -63,6 +70,11 @@ def spec_of(model: Any, paths: Paths, tokenizer: Any, path: str, revision: str |
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         max_positions=config.max_position_embeddings,
         lm_head_bias=head.bias is not None,
+        norm_eps=next((v for k in NORM_EPS if (v := getattr(config, k, None)) is not None), BaseSpec.norm_eps),
+        rope_theta=float(rope.get("rope_theta") or rope.get("full_attention", {}).get("rope_theta") or 10000.0),
+        llama_blocks=paths.llama_blocks and plain,
+        qkv_bias=plain and "self_attn.q_proj.bias" in names,
+        qk_norm="self_attn.q_norm.weight" in names,
         path=path,
         revision=revision,
         config_sha256=fingerprint(shape),

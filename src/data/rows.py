@@ -179,6 +179,13 @@ class Rows(Sequence[Row]):
         froms_NK = np.minimum(self.begins_N[:, None] + np.arange(horizon + 1), self.ends_N[:, None])
         return sums[self.ends_N][:, None] - sums[froms_NK]
 
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """counts_V: how often each token is learned."""
+        counts = np.zeros(vocab_size, np.int64)
+        for begin, end in zip(self.begins_N.tolist(), self.ends_N.tolist(), strict=True):
+            counts += np.bincount(self.ids[begin:end][self.mask[begin:end] > 0], minlength=vocab_size)
+        return counts
+
     def learns(self) -> np.ndarray:
         """learns_N: whether a head can learn from row n. (No head predicts a row's first two tokens.)"""
         return self.counts(2)[:, 2] > 0

@@ -55,16 +55,19 @@ def generate(
     shape: TreeShape | None = None,
     max_new_tokens: int,
     eos_ids: frozenset[int] = frozenset(),
+    copies: int = 1,
 ) -> Generation:
     """Greedy continuation of `prompt`; the drafter changes its speed, never its tokens.
 
     shape: the tree to draft, by default a chain as deep as the drafter goes. Ends after the first id of
     `eos_ids`, after `max_new_tokens`, or when the newest token stands at a position the base does not have
     (spec.max_positions); near it the tree is cut to the positions left. Statistics count before these cuts.
+    copies: so many equal rows are decoded in lockstep, every forward over all of them; tokens and counts are one
+    row's. It is what a batch costs where no row waits for another, the least that a batch can cost.
     """
     _check(base, prompt, max_new_tokens)
     shape = _shape(drafter, shape)
-    run = _Run(base, _RootAlone() if drafter is None else drafter, shape)
+    run = _Run(base, _RootAlone() if drafter is None else drafter, shape, copies)
     tokens, finish = _cut([], [run.prefill(prompt)], eos_ids, max_new_tokens)
     while finish is None and run.room >= 0:
         tokens, finish = _cut(tokens, run.step(), eos_ids, max_new_tokens)
@@ -75,9 +78,9 @@ def generate(
 class _Run:
     """One sequence on its way: its K/V, what the drafter may look at, the statistics so far."""
 
-    def __init__(self, base: BaseView, drafter: Drafter, shape: TreeShape) -> None:
+    def __init__(self, base: BaseView, drafter: Drafter, shape: TreeShape, copies: int) -> None:
         device = base.lm_head_weight.device
-        self.base, self.drafter, self.device = base, drafter, device
+        self.base, self.drafter, self.device, self.copies = base, drafter, device, copies
         self.shape = TreeShape(shape.parents_N.to(device), shape.depths_N.to(device), shape.ranks_N.to(device))
         self.depth = shape.depth
         self.plans = Plans(self.shape)
@@ -94,10 +97,11 @@ class _Run:
 
     def prefill(self, prompt: Sequence[int]) -> int:
         """Read the prompt; the first token. lm_head runs on the last position only."""
-        capture = self.base.capture(self.asked, torch.tensor([list(prompt)], device=self.device), kv=self.kv)
+        tokens_BT = torch.tensor([list(prompt)] * self.copies, device=self.device)
+        capture = self.base.capture(self.asked, tokens_BT, kv=self.kv)
         last = capture.at(torch.tensor([len(prompt) - 1], device=self.device))
         root = int(_best(self.base, last))
-        self.state = State([*prompt, root], root, _only(capture, self.drafter.needs), self.shape)
+        self.state = State([*prompt, root], root, _only(capture, self.drafter.needs), self.shape, self.kv)
         before, self.now = self.now, self.clock()
         self.stats.prefill_seconds = self.now - before
         return root
@@ -110,14 +114,16 @@ class _Run:
         proposal = self.drafter.propose(self.base, state)
         plan = self.plans.of(proposal.parents_N)
         assert plan.depth <= self.depth, "a proposal must not be deeper than the shape"
+        entered = proposal.entered
         proposal = Proposal(proposal.tokens_N.to(self.device), plan.parents_N)
         drafted = self.clock()
         capture = self.base.capture(
             self.asked,
-            proposal.tokens_N[None],
+            proposal.tokens_N.expand(self.copies, -1),
             positions_BQ=plan.depths_BN + start,
             mask_BQS=None if plan.causal else plan.mask(start),
             kv=kv,
+            entered=entered,
         )
         best_N = _best(self.base, capture)
         verified = self.clock()

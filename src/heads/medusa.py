@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from draftsmith.contracts import BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs, Proposal, State
 from draftsmith.errors import ConfigError
-from draftsmith.heads.blocks import ResBlock
+from draftsmith.heads.blocks import ResBlock, as_head
 from draftsmith.losses import linear_cross_entropy
 from draftsmith.targets import counted_targets
 
@@ -78,7 +78,7 @@ class Medusa(Head):
     def horizon(self) -> int:
         return self.config.num_heads + 1
 
-    def initialise(self, base: BaseView) -> None:
+    def initialise(self, base: BaseView, counts_V: Tensor | None = None) -> None:
         for block in self.blocks.modules():
             if isinstance(block, ResBlock):
                 block.reset()
@@ -100,10 +100,7 @@ class Medusa(Head):
     def hidden(self, k: int, final_ND: Tensor) -> Tensor:
         """h_k [N, D] of head k (1-based); the loss projects it in chunks, forward() whole."""
         blocks = cast(nn.Sequential, self.blocks[k - 1])
-        dtype = cast(ResBlock, blocks[0]).linear.weight.dtype
-        if final_ND.dtype != dtype and not torch.is_autocast_enabled(final_ND.device.type):
-            final_ND = final_ND.to(dtype)  # fp32 heads on a bf16 base
-        return blocks(final_ND)
+        return blocks(as_head(final_ND, cast(ResBlock, blocks[0]).linear.weight))
 
     def forward(self, base: BaseView, final_ND: Tensor) -> Tensor:
         """logits_NKV of every head at every given position."""

@@ -99,11 +99,14 @@ def _engine(
     )
 
 
-def new_head(kind: type[Head], config: Any, name: str, base: BaseView, seed: int) -> Head:
-    """A head as it starts: random where it is random, from (seed, name) alone; the rest from the base."""
+def new_head(
+    kind: type[Head], config: Any, name: str, base: BaseView, seed: int, counts_V: torch.Tensor | None = None
+) -> Head:
+    """A head as it starts: random where it is random, from (seed, name) alone; the rest from the base and from how
+    often each token is learned."""
     with rekeyed(seed, "initialisation", name):
         head = kind(config, base.spec)
-    head.initialise(base)
+        head.initialise(base, counts_V)
     return head.to(base.lm_head_weight.device)
 
 

@@ -83,6 +83,7 @@ class TrainModule(L.LightningModule):
         losses = []
         seen = self._seen(batch)
         for name, head in self.each_head():
+            head.progress = step / self.steps
             with rekeyed(self.seed, step, part, self.global_rank, name):
                 out = head.loss(self.base, seen, batch, measure=measure)
             loss = out.sum / out.count.clamp(min=1)

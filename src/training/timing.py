@@ -38,13 +38,14 @@ class StepTimer(L.Callback):
             self.forward.append(self._since - now)
 
     def result(self, log_every: int) -> dict[str, Any]:
-        """Ratios: of medians, and of sums over whole logging windows (metrics cost only every n-th step)."""
+        """Per micro-batch. Ratios: of medians, and of sums over whole logging windows (metrics cost only every n-th step)."""
         n = len(self.step) - len(self.step) % log_every
         step, forward = self.step[:n], self.forward[:n]
         return {
             "steps": n,
             "base_forward_ms": 1e3 * statistics.median(forward),
             "step_ms": 1e3 * statistics.median(step),
+            "mean_step_ms": 1e3 * statistics.mean(step),
             "ratio_of_medians": statistics.median(step) / statistics.median(forward),
             "ratio_of_sums": sum(step) / sum(forward),
             "log_every": log_every,

@@ -87,7 +87,7 @@ def make(tiny_base: Any, noisy: Any) -> Callable[..., tuple[Any, Head]]:
 
     def of(variant: Variant, scale: float = 0.1, seed: int = 0) -> tuple[Any, Head]:
         base = tiny_base()
-        return base, noisy(new_head(variant.kind, variant.own, variant.name, base, seed), scale)
+        return base, noisy(new_head(variant.kind, variant.own, variant.name, base, seed), scale).eval()
 
     return of
 
@@ -123,13 +123,15 @@ def loss_of(base: Any, head: Head, batch: Batch, **more: Any) -> LossOut:
 
 
 def train(base: Any, head: Head, batch: Batch, steps: int, lr: float = 5e-3) -> list[float]:
+    """The losses, above the least that they can be where the head tells it (`floor`: the entropy of soft labels)."""
     seen, optimizer, losses = capture(base, head.needs, batch), torch.optim.AdamW(head.parameters(), lr=lr), []
+    floor = float(head.loss(base, seen, batch).metrics.get("floor", (torch.zeros(()), 1))[0])
     for _ in range(steps):
         out = head.loss(base, seen, batch, measure=False)
         optimizer.zero_grad()
         (out.sum / out.count).backward()
         optimizer.step()
-        losses.append(float(out.sum.detach() / out.count))
+        losses.append((float(out.sum.detach()) - floor) / int(out.count))
     return losses
 
 
@@ -163,12 +165,20 @@ def shape_for(head: Any, width: int = 3) -> Any:
 
 def replay(base: Any, head: Any, text: list[int], starts: list[int], seen: Capture, shape: Any) -> list[list[int]]:
     """Proposals of the head after text[:n] for n in starts, given the capture of the whole text."""
-    proposed, before = [], 0
+    proposed, before, head_kv = [], 0, None
     for n in starts:
-        state = State(text[:n], text[n - 1], seen.at(torch.arange(before, n - 1)), shape)
+        new = seen.at(torch.arange(before, n - 1))
+        state = State(text[:n], text[n - 1], new, shape, read(base, text[: n - 1]), head_kv)
         proposed.append(head.propose(base, state).tokens_N.tolist())
-        before = n - 1
+        before, head_kv = n - 1, state.head_kv
     return proposed
+
+
+def read(base: Any, text: list[int]) -> Any:
+    """The base's K/V after this text."""
+    kv = base.new_kv()
+    base.capture(Needs(final=True), torch.tensor([text]), kv=kv)
+    return kv
 
 
 # The class
@@ -191,7 +201,7 @@ def test_what_is_no_head_is_told_so() -> None:
         needs = Needs()
         horizon = 1
 
-        def initialise(self, base: Any) -> None: ...
+        def initialise(self, base: Any, counts_V: Any = None) -> None: ...
         def loss(self, base: Any, seen: Any, batch: Any, *, measure: bool = True) -> Any: ...
         def forward(self) -> None: ...
         def propose(self, base: Any, state: Any) -> None: ...
@@ -415,7 +425,8 @@ def test_the_estimate_in_training_is_what_drafting_would_reach(variant: Variant,
                 if not learned[n]:
                     continue
                 asked += 1
-                state = State(ids[:n], ids[n - 1], row.at(torch.arange(n - 1)), tree.chain(head.max_depth))
+                new, whole = row.at(torch.arange(n - 1)), tree.chain(head.max_depth)
+                state = State(ids[:n], ids[n - 1], new, whole, read(base, ids[: n - 1]))
                 for k, token in enumerate(head.propose(base, state).tokens_N.tolist()[1:]):
                     if n + k >= len(ids) or not learned[n + k] or token != ids[n + k]:
                         break

@@ -226,3 +226,22 @@ def test_learned_positions_run_out_with_a_message(make_model):
 
     with pytest.raises(DataError, match="97 tokens, but it has only 96 positions"):
         logits(BaseLM(make_model("opt")), ids(1, 97))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "opt"])
+def test_a_forward_may_begin_between_blocks(tiny_base, family):
+    """Block 0 first, the rest later from its residual stream: the same K/V and the same capture, no block twice."""
+    base = tiny_base(family)
+    prompt, new = ids(1, 9), ids(1, 4, seed=1)
+    needs = Needs(frozenset({1, 2}), final=True)
+    whole, parts = base.new_kv(), base.new_kv()
+    for kv in (whole, parts):
+        base.capture(needs, prompt, kv=kv)
+    want = base.capture(needs, new, kv=whole)
+    positions = torch.arange(9, 13)[None]
+    early = base.capture(Needs(frozenset({1})), new, positions_BQ=positions, kv=parts).hidden[1]
+    assert (parts.get_seq_length(0), parts.get_seq_length(1), parts.length) == (13, 9, 9)
+    got = base.capture(needs, new, positions_BQ=positions, kv=parts, entered=(1, early))
+    assert parts.length == 13
+    for a, b in ((got.hidden[1], want.hidden[1]), (got.hidden[2], want.hidden[2]), (got.final, want.final)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -194,3 +194,9 @@ def test_no_rows_are_never_published(tmp_path: Path) -> None:
 
 def test_what_said_holds_is_json(folder: Path) -> None:
     assert json.loads(read_folder(folder)[0][0].said) == {"text": "héllo\n"}
+
+
+def test_token_counts_are_those_of_the_learned_tokens() -> None:
+    rows = Rows.of([Row("a", [1, 2, 2, 5], [0, 1, 1, 1]), Row("b", [2, 3], [0, 1]), Row("c", [2, 2, 4], [1, 0, 1])])
+    assert rows.token_counts(7).tolist() == [0, 0, 3, 1, 1, 1, 0]
+    assert rows.select(np.array([1])).token_counts(4).tolist() == [0, 0, 0, 1]

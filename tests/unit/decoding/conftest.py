@@ -51,7 +51,8 @@ class ToyBase:
         self.head_rows.append(final_BTD.shape[1])
         return final_BTD @ self.lm_head_weight.T
 
-    def capture(self, needs, tokens_BQ, *, positions_BQ=None, mask_BQS=None, kv=None):
+    def capture(self, needs, tokens_BQ, *, positions_BQ=None, mask_BQS=None, kv=None, entered=None):
+        assert entered is None, "the toy has no blocks to enter between"
         kv = kv if kv is not None else self.new_kv()
         tokens_Q, before = tokens_BQ[0], kv.length
         count = len(tokens_Q)

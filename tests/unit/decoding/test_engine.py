@@ -251,3 +251,26 @@ def test_what_the_user_can_get_wrong_is_named(toy_base):
     for prompt in ([], [1] * 9):
         with pytest.raises(ConfigError, match="prompt: "):
             generate(base, prompt, max_new_tokens=5)
+
+
+def test_copies_are_decoded_in_lockstep_and_give_one_rows_tokens(tiny_base) -> None:
+    from draftsmith.decoding.drafters.prompt_lookup import PromptLookup, PromptLookupConfig
+
+    base, prompt = tiny_base(), [5, 9, 5, 9, 5]
+    drafter = PromptLookup(PromptLookupConfig())
+    alone = generate(base, prompt, drafter=drafter, max_new_tokens=30)
+    rows = []
+    inner = base.capture
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(base, name)
+
+        def capture(self, needs, tokens_BQ, **more):
+            rows.append(len(tokens_BQ))
+            return inner(needs, tokens_BQ, **more)
+
+    several = generate(Watched(), prompt, drafter=drafter, max_new_tokens=30, copies=3)
+    assert several.tokens == alone.tokens
+    assert several.stats.accepted_by_depth == alone.stats.accepted_by_depth
+    assert set(rows) == {3}

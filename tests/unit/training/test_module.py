@@ -41,7 +41,7 @@ def test_a_head_starts_from_seed_and_name_alone(base: BaseLM) -> None:
     class Random(Medusa):
         """Keeps its random start."""
 
-        def initialise(self, base: Any) -> None: ...
+        def initialise(self, base: Any, counts_V: Any = None) -> None: ...
 
     def made(name: str, seed: int) -> str:
         return tensors_sha256(fit.new_head(Random, MedusaConfig(), name, base, seed).state_dict())

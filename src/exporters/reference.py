@@ -1,0 +1,131 @@
+"""The layouts in which the authors of the methods publish their weights: one row per head, read and written.
+
+A row says how our parameter names become theirs (regular expressions, the first that matches counts) and which
+of their tensors we do not want: copies of the base's, buffers, parts that their code never uses. Only safetensors
+are read and written; a published .pt or .bin is a pickle and has to be converted first, by whoever trusts it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from draftsmith import artifacts
+from draftsmith.contracts import BaseSpec, BaseView, Head
+from draftsmith.errors import ConfigError, DataError
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """names: (our name, their key) as patterns for re.fullmatch and Match.expand. ignored: patterns of their keys
+    that we leave out. describe(head) -> the keys that their config.json has beside our name for the base."""
+
+    names: tuple[tuple[str, str], ...]
+    describe: Callable[[Any], dict[str, Any]]
+    ignored: tuple[str, ...] = ()
+
+    def key(self, name: str) -> str:
+        for ours, theirs in self.names:
+            if found := re.fullmatch(ours, name):
+                return found.expand(theirs)
+        raise AssertionError(f"{name}: no rule of this layout names it")
+
+
+LAYOUTS: dict[str, Layout] = {
+    # FasterDecoding/Medusa, medusa_lm_head: residual blocks of head k, then its lm_head
+    "Medusa": Layout(
+        names=((r"blocks\.(\d+)\.(\d+)\.(.*)", r"\1.\2.\3"), (r"lm_heads\.(\d+)\.(weight)", r"\1.{num_layers}.\2")),
+        describe=lambda head: {
+            "medusa_num_heads": head.config.num_heads,
+            "medusa_num_layers": head.config.num_layers,
+            "version": "2" if head.config.share_lm_head else "1",
+        },
+    ),
+}
+
+
+def keys(head: Head) -> dict[str, str]:
+    """Our name -> the published key, for every tensor of this head."""
+    layout = layout_of(type(head))
+    settings = {k: str(v) for k, v in vars(head.config).items()}
+    found = {name: layout.key(name) for name in head.state_dict()}
+    return {name: re.sub(r"\{(\w+)\}", lambda m: settings[m[1]], key) for name, key in found.items()}
+
+
+def layout_of(kind: type[Head]) -> Layout:
+    if kind.__name__ not in LAYOUTS:
+        raise ConfigError(f"exporter: {kind.__name__} has no published layout; use exporter=native")
+    return LAYOUTS[kind.__name__]
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    dtype: str | None = None  # float32 | bfloat16 | float16; null: as trained
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype='{self.dtype}': choose float32, bfloat16, float16 or null")
+
+
+class Reference:
+    """Writes a head under the names its authors published."""
+
+    Config = ReferenceConfig
+
+    def __init__(self, config: ReferenceConfig) -> None:
+        self.config = config
+
+    def save(self, folder: Path, head: Head, base: BaseView, *, name: str) -> Path:
+        layout, dtype = layout_of(type(head)), getattr(torch, self.config.dtype) if self.config.dtype else None
+        tensors = {}
+        for ours, theirs in keys(head).items():
+            tensor = head.state_dict()[ours].detach().cpu()
+            tensors[theirs] = tensor.to(dtype if tensor.is_floating_point() else None).clone().contiguous()
+        described = {**layout.describe(head), "base_model_name_or_path": head.spec.path}
+        with artifacts.publish(folder, kind=f"reference {type(head).__name__}") as temporary:
+            artifacts.write_tensors(temporary / WEIGHTS, tensors)
+            artifacts.write_json(temporary / "config.json", described)
+        return folder
+
+
+def load(path: Path | str, kind: type[Head], config: Any, spec: BaseSpec) -> Head:
+    """A head with the weights of a published file (or a folder with model.safetensors).
+
+    DataError names every key that is missing, left over or of another shape.
+    """
+    path = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
+    if path.suffix != ".safetensors":
+        raise DataError(f"{path}: not safetensors; a .pt or .bin is a pickle: convert it first, if you trust it")
+    layout = layout_of(kind)
+    try:
+        theirs = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise DataError(f"{path}: {' '.join(str(e).split())}") from None
+    with torch.device("meta"):
+        head = kind(config, spec)
+    wanted, own = keys(head), head.state_dict()
+    _compare(path, {wanted[n]: tuple(t.shape) for n, t in own.items()}, theirs, layout)
+    tensors = {name: theirs[key].to(own[name].dtype) for name, key in wanted.items()}
+    head.load_state_dict(tensors, strict=True, assign=True)
+    return head.eval().requires_grad_(False)
+
+
+def _compare(path: Path, wanted: Mapping[str, tuple[int, ...]], have: Mapping[str, torch.Tensor], by: Layout) -> None:
+    left = [k for k in have if k not in wanted and not any(re.fullmatch(p, k) for p in by.ignored)]
+    missing = [k for k in wanted if k not in have]
+    shapes = [
+        f"{k} {tuple(have[k].shape)}, not {wanted[k]}" for k in wanted if k in have and have[k].shape != wanted[k]
+    ]
+    told = [f"{what}: {', '.join(sorted(which))}" for what, which in
+            (("missing", missing), ("left over", left), ("of another shape", shapes)) if which]  # fmt: skip
+    if told:
+        raise DataError(f"{path}: not this head with these settings; {'; '.join(told)}")

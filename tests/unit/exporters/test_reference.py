@@ -1,0 +1,123 @@
+"""Published key layouts, written down here by hand from the authors' code: names, shapes, and nothing else."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from draftsmith import config
+from draftsmith.contracts import BaseSpec
+from draftsmith.errors import ConfigError, DataError
+from draftsmith.exporters import reference
+from draftsmith.exporters.reference import LAYOUTS, Reference, ReferenceConfig
+
+D, FF, V, HEADS, KV_HEADS, SIZE = 16, 24, 40, 4, 2, 4
+SPEC = BaseSpec("llama", D, FF, V, 4, HEADS, KV_HEADS, SIZE, 64, llama_blocks=True)
+FOLDER = Path(__file__).parents[3] / "conf" / "head"
+YAMLS = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def attention(prefix: str, size: int = D) -> Shapes:
+    """Of a Llama block."""
+    return {
+        f"{prefix}.q_proj.weight": (HEADS * SIZE, size),
+        f"{prefix}.k_proj.weight": (KV_HEADS * SIZE, size),
+        f"{prefix}.v_proj.weight": (KV_HEADS * SIZE, size),
+        f"{prefix}.o_proj.weight": (D, HEADS * SIZE),
+    }
+
+
+def mlp(prefix: str) -> Shapes:
+    """Of a Llama block."""
+    return {
+        f"{prefix}.gate_proj.weight": (FF, D),
+        f"{prefix}.up_proj.weight": (FF, D),
+        f"{prefix}.down_proj.weight": (D, FF),
+    }
+
+
+def medusa() -> Shapes:
+    found: Shapes = {}
+    for k in range(2):
+        found |= {f"{k}.0.linear.weight": (D, D), f"{k}.0.linear.bias": (D,), f"{k}.1.weight": (V, D)}
+    return found
+
+
+# yaml -> (settings, the published tensors, of which these are copies or unused and left out)
+PUBLISHED: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
+    "medusa": ({"num_heads": 2, "num_layers": 1}, medusa(), {}),
+}
+
+
+def head_of(yaml: str, **settings: Any) -> tuple[Any, Any]:
+    """(class, typed config) of a head's yaml with these settings."""
+    node: Any = {**OmegaConf.to_container(OmegaConf.load(FOLDER / f"{yaml}.yaml")), **settings}
+    kind = config.target(node, yaml)
+    return kind, config.typed(node, kind.Config, yaml)
+
+
+def fill(shapes: Shapes) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(shape, generator=generator)
+        if not re.fullmatch("d2t|t2d", name)
+        else torch.arange(shape[0]) % 2 == 0
+        if name == "t2d"
+        else torch.arange(shape[0])
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("yaml", YAMLS)
+def test_published_weights_load_and_are_written_back_the_same(yaml: str, tmp_path: Path) -> None:
+    settings, shapes, unused = PUBLISHED[yaml]
+    theirs = fill(shapes)
+    save_file({**theirs, **fill(unused)}, tmp_path / "published.safetensors")
+    kind, own = head_of(yaml, **settings)
+    head = reference.load(tmp_path / "published.safetensors", kind, own, SPEC)
+    values = sorted(float(t.double().sum()) for t in head.state_dict().values())
+    assert values == sorted(float(t.double().sum()) for t in theirs.values())  # every tensor, each once
+    Reference(ReferenceConfig()).save(tmp_path / "again", head, None, name=yaml)  # type: ignore[arg-type]
+    back = load_file(tmp_path / "again" / "model.safetensors")
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[k], t) for k, t in theirs.items())
+
+
+@pytest.mark.parametrize("yaml", YAMLS)
+def test_a_head_of_other_sizes_is_refused_by_name(yaml: str, tmp_path: Path) -> None:
+    settings, shapes, _ = PUBLISHED[yaml]
+    theirs = fill(shapes)
+    first, *rest = theirs
+    kind, own = head_of(yaml, **settings)
+    for changed, told in (
+        ({k: theirs[k] for k in rest}, f"missing: {first}"),
+        ({**theirs, "stray": torch.zeros(1)}, "left over: stray"),
+        ({**theirs, first: theirs[first][:-1].clone()}, f"of another shape: {first}"),
+    ):
+        save_file(changed, tmp_path / "published.safetensors")
+        with pytest.raises(DataError, match=re.escape(told)):
+            reference.load(tmp_path / "published.safetensors", kind, own, SPEC)
+
+
+def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
+    (tmp_path / "medusa_lm_head.pt").write_bytes(b"\x80\x04.")
+    with pytest.raises(DataError, match="is a pickle"):
+        reference.load(tmp_path / "medusa_lm_head.pt", *head_of("medusa"), SPEC)
+
+
+def test_every_row_belongs_to_a_head() -> None:
+    assert {head_of(yaml)[0].__name__ for yaml in YAMLS} == LAYOUTS.keys()
+
+
+def test_a_head_without_a_row_is_refused() -> None:
+    class Other(head_of("medusa")[0]):  # type: ignore[misc]
+        pass
+
+    with pytest.raises(ConfigError, match="Other has no published layout"):
+        reference.layout_of(Other)
