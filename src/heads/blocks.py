@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draftsmith.contracts import KV, BaseSpec
+from draftsmith.contracts import KV, BaseSpec, BaseView
 
 
 class ResBlock(nn.Module):
@@ -128,3 +128,9 @@ def as_head(x: Tensor, parameter: Tensor) -> Tensor:
     if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
         return x.to(parameter.dtype)
     return x
+
+
+def project(base: BaseView, hidden: Tensor) -> Tensor:
+    """Logits of a head's hidden state through the base's own frozen lm_head, as the losses project it."""
+    weight = base.lm_head_weight
+    return F.linear(hidden.to(weight.dtype), weight, base.lm_head_bias)

@@ -17,8 +17,11 @@ Deeper = Callable[[Level, Tensor], Tensor | None]
 """(level, tokens_C of its nodes) -> logits [A, V] after those of its nodes that have children; None stops."""
 
 
-def fill(shape: TreeShape, root: int, logits_V: Tensor, deeper: Deeper) -> tuple[Tensor, int]:
-    """(tokens_N, how many of them there are): the tree's tokens, the root first. logits_V: what follows the root.
+def fill(
+    shape: TreeShape, root: int, logits_V: Tensor, deeper: Deeper, ids_V: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(tokens_N, parents_N) of the proposal, the root first. logits_V: what follows the root. ids_V: the token that
+    each column of the logits stands for, where they are not over the base's vocabulary.
 
     Fewer than the shape has where `deeper` stopped: whole levels are left out, the deepest first. The last level
     is passed to `deeper` too; what it returns there is not used.
@@ -31,9 +34,13 @@ def fill(shape: TreeShape, root: int, logits_V: Tensor, deeper: Deeper) -> tuple
             break
         ranked_AR = logits_AV.topk(shape.width, dim=-1).indices
         tokens_C = ranked_AR[level.of_C, level.ranks_C]
+        if ids_V is not None:
+            tokens_C = ids_V[tokens_C]
         tokens_N[level.nodes], count = tokens_C, level.nodes.stop
         logits_AV = deeper(level, tokens_C)
-    return tokens_N[:count], count
+    if count == len(tokens_N):
+        return tokens_N, shape.parents_N
+    return tokens_N[:count], shape.parents_N[:count]
 
 
 class Ancestors:

@@ -101,12 +101,15 @@ ROWS = [  # (tokens, of which the last so many are to be learned); two packs, th
 ]
 
 
-def a_batch(horizon: int, learn: Callable[[int, int], bool] | None = None, seed: int = 0) -> Batch:
-    """Two packed sequences with padding. learn(document, position) chooses the targets, by default ROWS does."""
+def a_batch(horizon: int, learn: Callable[[int, int], bool] | None = None, seed: int = 0, said_by: Any = None) -> Batch:
+    """Two packed sequences with padding. learn(document, position) chooses the targets, by default ROWS does.
+    said_by: a base whose own greedy text the rows are, where chance tokens would teach soft labels nothing."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for d, (n, learned) in enumerate(ROWS):
         ids = torch.randint(0, 60, (n,), generator=generator).tolist()
+        if said_by is not None:
+            ids = [ids[0], *said_by.generate([ids[:1]], max_new_tokens=n - 1)[0]]
         mask = [int(learn(d, t) if learn else t >= n - learned) for t in range(n)]
         rows.append(Row(str(d), ids, mask))
     total = torch.from_numpy(Rows.of(rows).counts(horizon).sum(0))
@@ -387,7 +390,8 @@ def test_its_logits_do_not_know_later_tokens(variant: Variant, make: Any) -> Non
 @every_drafter
 def test_logits_in_training_equal_those_in_decoding(variant: Variant, make: Any, recording: Any) -> None:
     """The engine's incremental captures against the capture of a packed batch that holds the same text."""
-    base, head = make(variant)
+    base, head = make(variant, 0.0)
+    train(base, head, a_batch(head.horizon, said_by=base), 25)
     shape, engine, prompt = shape_for(head), recording(head), [5, 9, 2, 41, 17]
     out, decoding = overhear(head, lambda: generate(base, prompt, drafter=engine, shape=shape, max_new_tokens=40))
     starts = [len(t) for t in engine.tokens]
@@ -407,7 +411,7 @@ def test_the_estimate_in_training_is_what_drafting_would_reach(variant: Variant,
     """`tokens_per_step` of the loss counts, over positions, the base's token and the drafts right in a row;
     here the head drafts at every one of these positions. A shift between the two would show."""
     base, head = make(variant, 0.0)
-    batch = a_batch(head.horizon)
+    batch = a_batch(head.horizon, said_by=base)
     train(base, head, batch, 25)
     seen = capture(base, head.needs, batch)
     told, positions = loss_of(base, head, batch).metrics["tokens_per_step"]

@@ -1,5 +1,6 @@
 """The chunked cross-entropy against the plain one on whole logits."""
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from draftsmith.losses import CHUNK_LOGITS, linear_cross_entropy
+from draftsmith.losses import CHUNK_LOGITS, SoftOut, linear_cross_entropy, linear_soft_cross_entropy
 
 
 def inputs(n: int, d: int, v: int, *, bias: bool = True, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
@@ -158,3 +159,242 @@ def test_a_second_backward_is_never_silently_wrong() -> None:
     (value * 2).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
+
+
+def students(n: int, *, k: int = 3, d: int = 5, v: int = 11, shared: bool = False, bias: bool = True) -> Any:
+    """x [K, N, D], weights, biases, the teacher's logits [N, V], counted [K, N]; `shared`: students 0 and 2 share."""
+    g = torch.Generator().manual_seed(0)
+    x, teacher, *weights = (torch.randn(s, generator=g).double() for s in ((k, n, d), (n, v), *[(v, d)] * k))
+    biases = [torch.randn(v, generator=g).double() if bias and i != 1 else None for i in range(k)]
+    if shared:
+        weights[2], biases[2] = weights[0], biases[0]
+    return x, weights, biases, 2 * teacher, torch.rand((k, n), generator=g) < 0.7
+
+
+def learning(x: Tensor, weights: Any, biases: Any, wants: Any = (True, True, True), to: Any = torch.float64) -> Any:
+    """Leaves for x, weights and biases; a tensor that stands twice stays one."""
+    made: dict[int, Tensor | None] = {id(None): None}
+    for tensors, want in zip(([x], weights, biases), wants, strict=True):
+        made |= {id(t): t.to(to, copy=True).requires_grad_(want) for t in tensors if t is not None}
+    return made[id(x)], [made[id(w)] for w in weights], [made[id(b)] for b in biases]
+
+
+def taught_by(logits: Tensor, kept: Tensor | None = None) -> Callable[[int, int], tuple[Tensor, Tensor | None]]:
+    return lambda start, stop: (logits[start:stop], None if kept is None else kept[start:stop])
+
+
+def plain_soft(
+    leaves: Any, teacher: Tensor, counted: Tensor, kept: Any = None, factors: Any = (1, 1, 1), top_k: Any = None
+) -> SoftOut:
+    """Row by row, on whole logits."""
+    x, weights, biases = leaves
+    zero = torch.zeros((), dtype=x.dtype)
+    sums, floors, overlaps = ([zero] * len(weights) for _ in range(3))
+    best, chance = torch.full(counted.shape, -1), torch.zeros(counted.shape, dtype=x.dtype)
+    for k, row in counted.nonzero().tolist():
+        q = F.linear(x[k, row], weights[k], biases[k]).softmax(-1)
+        best[k, row], chance[k, row] = q.argmax(), q.detach().max()
+        if kept is None or kept[row]:
+            p = teacher[row].softmax(-1)
+            if top_k:
+                p = torch.where(p >= p.sort(descending=True).values[:top_k].min(), p, 0)
+                p = p / p.sum()
+            sums[k] = sums[k] - (p * q.log()).sum()
+            floors[k] = floors[k] - (p * p.clamp_min(1e-300).log()).sum()
+            overlaps[k] = overlaps[k] + torch.minimum(p, q.detach()).sum()
+    total = sum((f * s for f, s in zip(factors, sums, strict=True)), zero)
+    return SoftOut(total, torch.stack(sums).detach(), torch.stack(floors), torch.stack(overlaps), best, chance)
+
+
+def same(ours: SoftOut, want: SoftOut, leaves: Any, want_leaves: Any) -> None:
+    """Values, and the gradients of 0.37 times the sum."""
+    for name, a, b in zip(SoftOut._fields, ours, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        assert a.requires_grad == (name == "sum" and want.sum.requires_grad)
+    if want.sum.requires_grad:
+        (ours.sum * 0.37).backward()
+        (want.sum * 0.37).backward()
+    for a, b in zip(*([x, *weights, *biases] for x, weights, biases in (leaves, want_leaves)), strict=True):
+        if a is not None and not a.requires_grad:
+            assert a.grad is None
+        elif a is not None:
+            want_grad = torch.zeros_like(b) if b.grad is None else b.grad
+            torch.testing.assert_close(a.grad, want_grad, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("wants", list(product([False, True], repeat=3)))
+@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize("with_kept", [False, True])
+@pytest.mark.parametrize("top_k", [None, 3, 50])
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_soft_against_whole_logits(rows: int, top_k: Any, with_kept: bool, measure: bool, wants: Any) -> None:
+    """Every choice of what learns; rows 4..8 counted by nobody (whole chunks at rows=4 and less), row 9 by all."""
+    x, weights, biases, teacher, counted = students(13, shared=True)
+    counted[:, 4:9] = False
+    counted[:, 9] = True
+    x[~counted] = torch.nan  # what does not count or teach is not looked at
+    kept = torch.arange(13) % 3 != 1
+    teacher[~kept & with_kept] = torch.nan
+    kw: Any = {"factors": [0.5, 1.0, 2.0], "top_k": top_k}
+    ours, theirs = learning(x, weights, biases, wants), learning(x, weights, biases, wants)
+    teach = taught_by(teacher, kept if with_kept else None)
+    out = linear_soft_cross_entropy(*ours[:2], teach, counted, biases=ours[2], measure=measure, rows=rows, **kw)
+    want = plain_soft(theirs, teacher, counted, kept if with_kept else None, **kw)
+    if not measure:
+        off = torch.zeros(3, dtype=x.dtype), torch.zeros(3, dtype=x.dtype), want.best_KN * 0 - 1, want.chance_KN * 0
+        want = SoftOut(want.sum, want.sums_K, *off)
+    same(out, want, ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda t: t, lambda t: t[0].expand(3, 8, 5), lambda t: t.reshape(8, 3, 5).transpose(0, 1)]
+)
+def test_soft_everything_counted(view: Callable[[Tensor], Tensor]) -> None:
+    """No row is copied where all count; x may lie in any way; factor 0: the student is measured, learns nothing."""
+    x, weights, biases, teacher, counted = students(8, bias=False)
+    counted[:] = True
+    ours, theirs = learning(x, weights, biases), learning(x, weights, biases)
+    out = linear_soft_cross_entropy(view(ours[0]), ours[1], taught_by(teacher), counted, factors=[1, 0, 3], rows=3)
+    same(out, plain_soft((view(theirs[0]), *theirs[1:]), teacher, counted, factors=[1, 0, 3]), ours, theirs)
+    assert out.sums_K[1] > 0
+
+
+class Formed(torch.autograd.Function):
+    """The sum, with the gradients that one backward gives: gradcheck goes backward more often than once."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Any, *tensors: Tensor) -> Tensor:
+        with torch.enable_grad():
+            own = [t.detach().clone().requires_grad_() for t in tensors]
+            value = make(*own)
+        ctx.save_for_backward(*torch.autograd.grad(value, own))
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        return None, *(slopes[0] * t for t in ctx.saved_tensors)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_soft_gradcheck(top_k: int | None) -> None:
+    """Both students on one weight, the first with a bias."""
+    x, weights, biases, teacher, counted = students(4, k=2, d=3, v=5)
+
+    def make(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return linear_soft_cross_entropy(
+            x, [w, w], taught_by(teacher), counted, biases=[b, None], factors=[0.7, 1.9], top_k=top_k, rows=3
+        ).sum
+
+    tensors = [t.requires_grad_() for t in (x, weights[0], biases[0])]
+    assert torch.autograd.gradcheck(lambda *ts: Formed.apply(make, *ts), tensors)
+
+
+def test_soft_floor_is_reached_by_the_teacher_itself() -> None:
+    """CE(p, p) = H(p): the sum is its floor, everything would be accepted and there is no slope."""
+    x, weights, biases, _, counted = students(10, k=1)
+    x, weights, biases = learning(x, weights, biases)
+    teacher = F.linear(x[0], weights[0], biases[0]).detach()
+    out = linear_soft_cross_entropy(x, weights, taught_by(teacher), counted, biases=biases, rows=4)
+    out.sum.backward()
+    torch.testing.assert_close(out.sums_K, out.floors_K)
+    torch.testing.assert_close(out.overlaps_K, counted.sum(-1).double())
+    assert out.floors_K[0] > 1
+    for t in (x, weights[0], biases[0]):
+        torch.testing.assert_close(t.grad, torch.zeros_like(t), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize(("n", "counting"), [(0, False), (6, False), (6, True)])
+def test_soft_nothing_counted_or_nothing_taught(n: int, counting: bool, measure: bool) -> None:
+    x, weights, biases, teacher, counted = students(n)
+    x, weights, biases = learning(x, weights, biases)
+    counted &= counting
+    teach = taught_by(teacher, torch.zeros(n, dtype=torch.bool) if counting else None)
+    out = linear_soft_cross_entropy(x, weights, teach, counted, biases=biases, measure=measure, rows=4)
+    out.sum.backward()
+    assert not torch.stack([out.sum, *out.sums_K, *out.floors_K, *out.overlaps_K]).any()
+    assert torch.equal(out.best_KN >= 0, counted & measure)
+    assert torch.equal(out.chance_KN > 0, counted & measure)
+    for t in (x, *weights, biases[0]):
+        assert torch.equal(t.grad, torch.zeros_like(t))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_soft_asks_the_teacher_once_per_chunk_that_counts(k: int) -> None:
+    x, weights, _, teacher, counted = students(13, k=k)
+    counted[:] = False
+    counted[0, 1] = counted[-1, 2] = counted[-1, 12] = True
+    asked = []
+
+    def teach(start: int, stop: int) -> tuple[Tensor, None]:
+        assert not torch.is_grad_enabled()
+        asked.append((start, stop))
+        return teacher[start:stop], None
+
+    linear_soft_cross_entropy(x.requires_grad_(), weights, teach, counted, rows=4).sum.backward()
+    assert asked == [(0, 4), (12, 13)]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_soft_bf16_stays_close_to_fp64(autocast: bool) -> None:
+    """Rounded to bf16, in bf16 or in fp32 under autocast, against fp64 on the same numbers."""
+    x, weights, biases, teacher, counted = students(64, d=32, v=97, shared=True)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    for t in (x, weights[0], weights[1], biases[0]):
+        t.copy_((t / 4).bfloat16())
+    low, high = learning(x, weights, biases, to=dtype), learning(x, weights, biases)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = linear_soft_cross_entropy(*low[:2], taught_by(teacher.bfloat16()), counted, biases=low[2], rows=8)
+    out.sum.backward()
+    want = plain_soft(high, teacher.bfloat16().double(), counted)
+    want.sum.backward()
+    for a, b in zip(out[:4], want[:4], strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=5e-3, atol=0)
+    assert float((out.best_KN == want.best_KN).float().mean()) > 0.97
+    torch.testing.assert_close(out.chance_KN.double(), want.chance_KN, rtol=0.05, atol=0)
+    for a, b in zip((low[0], *low[1], low[2][0]), (high[0], *high[1], high[2][0]), strict=True):
+        assert a.grad.dtype == dtype
+        assert float((a.grad.double() - b.grad).norm()) < 2e-2 * float(b.grad.norm())
+
+
+def test_soft_extreme_logits_stay_finite() -> None:
+    x = torch.tensor([[[1e4]]], requires_grad=True)
+    weight, teacher = torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([[-1e4, 1e4, 0.0]])
+    out = linear_soft_cross_entropy(x, [weight], taught_by(teacher), torch.ones(1, 1, dtype=torch.bool))
+    out.sum.backward()
+    assert [t.item() for t in out] == [2e4, 2e4, 0, 0, 0, 1]
+    assert x.grad.item() == 2
+
+
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_soft_whole_logits_never_exist(top_k: int | None) -> None:
+    n, d, v, rows = 2000, 4, 300, 64
+    x, weights, biases, teacher, counted = students(n, k=2, d=d, v=v)
+    x, weights, biases = learning(x, weights, biases, to=torch.float32)
+    with Largest() as seen:
+        teach = taught_by(teacher)
+        out = linear_soft_cross_entropy(x, weights, teach, counted, biases=biases, top_k=top_k, rows=rows)
+        out.sum.backward()
+    assert seen.elements == max(rows * v, v * d, 2 * n * d) == rows * v
+
+
+def test_soft_is_deterministic_and_refuses_a_second_backward() -> None:
+    *tensors, teacher, counted = students(40, shared=True, bias=False)
+    seen = []
+    for _ in range(2):
+        x, weights, _ = learning(*tensors)
+        out = linear_soft_cross_entropy(x, weights, taught_by(teacher), counted, top_k=5, rows=7)
+        out.sum.backward(retain_graph=True)
+        seen.append([*out, x.grad.clone(), *(w.grad.clone() for w in weights)])
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (out.sum * 2).backward()
+
+
+def test_soft_refuses_numbers_that_differ() -> None:
+    x, weights, biases, teacher, counted = students(4)
+    for wrong in ({"weights": weights[:2]}, {"biases": biases[:2]}, {"factors": [1.0]}, {"counted_KN": counted[:, :3]}):
+        args: Any = {"weights": weights, "counted_KN": counted, "biases": biases, **wrong}
+        with pytest.raises(ValueError, match="one of each per student"):
+            linear_soft_cross_entropy(x, teacher=taught_by(teacher), **args)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from draftsmith.targets import count_targets, counted_targets, future_tokens
+from draftsmith.targets import count_targets, counted_targets, future_tokens, lessons
 
 CASES = 300
 
@@ -103,3 +103,36 @@ def test_the_mask_selects_the_predicted_token() -> None:
 def test_looking_back_is_refused() -> None:
     with pytest.raises(ValueError, match="k=-1"):
         future_tokens(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long), -1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lessons_pair_every_student_with_the_distribution_of_its_token(seed: int) -> None:
+    """Against loops: student k at t imitates the base at t + ahead[k], once per token that counts."""
+    g = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.randint(1, 50, (2, 14), generator=g)
+    mask_BT = torch.rand(2, 14, generator=g) < 0.6
+    documents_BT = torch.tensor([[0] * 5 + [1] * 6 + [-1] * 3, [0] * 14])
+    ahead = [0, 1, 3]
+    found = lessons(tokens_BT, mask_BT, documents_BT, ahead)
+    want: set[tuple[int, int, int, int]] = set()
+    for k, a in enumerate(ahead):
+        for b in range(2):
+            for t in range(14 - a - 1):
+                then = t + a + 1
+                if documents_BT[b, t] == documents_BT[b, then] >= 0 and mask_BT[b, then]:
+                    want.add((k, b * 14 + t, b * 14 + t + a, int(tokens_BT[b, then])))
+    got = {
+        (k, int(found.students_KN[k, n]), int(found.rows_N[n]), int(found.gold_N[n]))
+        for k, n in found.counted_KN.nonzero().tolist()
+    }
+    assert got == want
+    assert len(found.rows_N) == len({row for _, _, row, _ in want})
+    laid = found.at_students(torch.ones_like(found.counted_KN), tokens_BT)
+    assert {(k, b * 14 + t) for k, b, t in laid.nonzero().tolist()} == {(k, at) for k, at, _, _ in want}
+
+
+def test_no_lesson_where_nothing_counts() -> None:
+    tokens_BT = torch.zeros(1, 4, dtype=torch.long)
+    found = lessons(tokens_BT, torch.zeros(1, 4, dtype=torch.bool), torch.zeros_like(tokens_BT), [0, 2])
+    assert found.rows_N.shape == found.gold_N.shape == (0,)
+    assert found.counted_KN.shape == (2, 0)

@@ -49,8 +49,8 @@ def test_every_node_follows_its_own_parent(seed: int) -> None:
         paths = [below[i] for i in level.expanded_A.tolist()]
         return torch.stack([logits_after(path) for path in paths]) if paths else None
 
-    tokens_N, count = fill(shape, 7, logits_after((7,)), deeper)
-    assert count == len(shape.parents_N)
+    tokens_N, parents_N = fill(shape, 7, logits_after((7,)), deeper)
+    assert parents_N is shape.parents_N
     assert tokens_N.tolist() == by_path(shape, 7)
 
 
@@ -63,9 +63,16 @@ def test_stopping_leaves_out_whole_levels() -> None:
             asked.append(len(tokens_C))
             return None if len(asked) == stop_at else torch.zeros(len(level.expanded_A), VOCABULARY)
 
-        tokens_N, count = fill(shape, 7, torch.zeros(VOCABULARY), deeper)
-        assert (len(tokens_N), asked) == (count, [2, 4, 4][:stop_at])
-        assert count == [3, 7, 11][stop_at - 1]
+        tokens_N, parents_N = fill(shape, 7, torch.zeros(VOCABULARY), deeper)
+        assert asked == [2, 4, 4][:stop_at]
+        assert len(tokens_N) == len(parents_N) == [3, 7, 11][stop_at - 1]
+
+
+def test_columns_may_stand_for_other_ids() -> None:
+    ids_V = torch.arange(VOCABULARY) * 3 + 1
+    logits_V = logits_after((7,))
+    tokens_N, _ = fill(tree.by_widths([3]), 7, logits_V, lambda level, tokens_C: None, ids_V)
+    assert tokens_N.tolist() == [7, *(3 * logits_V.argsort(descending=True)[:3] + 1).tolist()]
 
 
 def test_the_root_alone() -> None:
