@@ -50,6 +50,19 @@ LAYOUTS: dict[str, Layout] = {
             "version": "2" if head.config.share_lm_head else "1",
         },
     ),
+    # Equationliu/Kangaroo, the adapter: a Llama of one layer without MLP
+    "Kangaroo": Layout(
+        names=((r"(norm\..*)", r"\1"), (r"(.*)", r"layers.0.\1")),
+        describe=lambda head: {
+            "num_hidden_layers": 1,
+            "hidden_size": head.spec.hidden_size,
+            "num_attention_heads": head.spec.num_heads,
+            "num_key_value_heads": head.spec.num_kv_heads,
+            "rms_norm_eps": head.spec.norm_eps,
+            "rope_theta": head.spec.rope_theta,
+            "exit_layer": head.exit_layer,
+        },
+    ),
 }
 
 

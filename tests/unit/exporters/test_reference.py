@@ -52,6 +52,11 @@ def medusa() -> Shapes:
 # yaml -> (settings, the published tensors, of which these are copies or unused and left out)
 PUBLISHED: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
     "medusa": ({"num_heads": 2, "num_layers": 1}, medusa(), {}),
+    "kangaroo": (
+        {"exit_layer": 1},
+        {**attention("layers.0.self_attn"), "layers.0.input_layernorm.weight": (D,), "norm.weight": (D,)},
+        {},
+    ),
 }
 
 

@@ -1,0 +1,191 @@
+"""Kangaroo: the base's own first layers and one attention adapter draft; its remaining layers verify.
+
+Liu et al. 2024, "Kangaroo: Lossless Self-Speculative Decoding via Double Early Exiting" (arXiv 2404.18911).
+The adapter reads H_t, the residual stream after the first l blocks, and imitates the base at the same position:
+
+    y_t = H_t + Attention(norm_in(H))_t,   q_t = softmax(W norm_out(y_t)),   W the base's frozen lm_head   (eq. 2)
+    L   = sum_t CE(p_t, q_t),   p_t the base's own distribution of x_{t+1}                                 (eq. 3)
+
+There is no MLP. Double early exit: a drafted token costs l blocks and the adapter, and drafting stops after a
+token whose distribution's maximum is below `threshold` (eta), at the latest after `depth` (gamma) tokens. What
+the l blocks said of every drafted token goes on into the other blocks: no block runs twice for a token.
+
+Deviations. RoPE turns as in the base (the published code always uses 10000). The adapter reads accepted positions
+once more when their verdict is known, together with the new root, in one pass; the base's blocks do not.
+`start_from_base` (ours) begins with the attention of the last block that is read and with the base's final norm.
+In a tree, drafting goes on below a level while any node with children was drafted with confidence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, Level, LossOut, Needs, Proposal, State
+from draftsmith.errors import ConfigError
+from draftsmith.heads.blocks import Attention, as_head, project
+from draftsmith.heads.drafting import Ancestors, fill
+from draftsmith.losses import linear_soft_cross_entropy
+from draftsmith.targets import future_tokens, lessons
+
+
+@dataclass(frozen=True)
+class KangarooConfig:
+    exit_layer: int | None = None  # l; null: one in 16 of the base's, rounded up (the paper's 2 of 32 and 3 of 40)
+    depth: int = 6  # gamma, the most tokens drafted in a step
+    threshold: float = 0.6  # eta: drafting stops after a token less certain than this; 0 never
+    start_from_base: bool = False  # False: random, as published
+    teacher_top_k: int | None = None  # null: the base's whole distribution
+
+    def __post_init__(self) -> None:
+        if self.exit_layer is not None and self.exit_layer < 1:
+            raise ConfigError(f"exit_layer={self.exit_layer}: give at least 1, or null")
+        if self.depth < 1:
+            raise ConfigError(f"depth={self.depth}: give at least 1")
+        if self.threshold < 0:
+            raise ConfigError(f"threshold={self.threshold}: give a probability, 0 to never stop early")
+        if self.teacher_top_k is not None and self.teacher_top_k < 1:
+            raise ConfigError(f"teacher_top_k={self.teacher_top_k}: give at least 1, or null for all tokens")
+
+
+class Kangaroo(Head):
+    Config = KangarooConfig
+    role = "drafter"
+
+    def __init__(self, config: KangarooConfig, spec: BaseSpec) -> None:
+        super().__init__(config, spec)
+        self.exit_layer = config.exit_layer or -(-spec.num_layers // 16)
+        if self.exit_layer > spec.num_layers:
+            raise ConfigError(f"exit_layer={self.exit_layer}: the base has {spec.num_layers} layers; exit below them")
+        self.input_layernorm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        self.self_attn = Attention(spec)
+        self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(frozenset({self.exit_layer}), final=True)
+
+    @property
+    def max_depth(self) -> int:
+        return self.config.depth
+
+    @property
+    def horizon(self) -> int:
+        return 1
+
+    @torch.no_grad()
+    def initialise(self, base: BaseView, counts_V: Tensor | None = None) -> None:
+        if not self.config.start_from_base or not self.spec.llama_blocks:
+            return
+        weights = base.block_weights(self.exit_layer - 1)
+        for name, p in self.named_parameters():
+            if name in weights:
+                p.copy_(weights[name])
+
+    def adapt(
+        self, hidden_BQD: Tensor, positions_BQ: Tensor, mask_BQS: Tensor | None = None, kv: KV | None = None
+    ) -> Tensor:
+        """The adapter's output [B, Q, D], what the lm_head reads."""
+        hidden_BQD = as_head(hidden_BQD, self.norm.weight)
+        return self.norm(hidden_BQD + self.self_attn(self.input_layernorm(hidden_BQD), positions_BQ, mask_BQS, kv))
+
+    def forward(
+        self,
+        base: BaseView,
+        hidden_BQD: Tensor,
+        positions_BQ: Tensor,
+        mask_BQS: Tensor | None = None,
+        kv: KV | None = None,
+    ) -> Tensor:
+        """logits_BQV of the token after each position."""
+        return project(base, self.adapt(hidden_BQD, positions_BQ, mask_BQS, kv))
+
+    def loss(self, base: BaseView, seen: Capture, batch: Batch, *, measure: bool = True) -> LossOut:
+        """CE against the base's distribution at the same position. Metrics: top1/1 against the row's own token,
+        overlap/1 (sum of min(p, q)), floor (the base's entropy), and tokens_per_step with the threshold's stop."""
+        adapted_BTD = self.adapt(seen.hidden[self.exit_layer], batch.positions_BT, batch.visible())
+        final_PD = cast(Tensor, seen.final).flatten(0, 1)
+        taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, [0])
+        out = linear_soft_cross_entropy(
+            adapted_BTD.flatten(0, 1)[taught.students_KN],
+            [base.lm_head_weight],
+            lambda start, stop: (base.lm_head(final_PD[taught.rows_N[start:stop]]), None),
+            taught.counted_KN,
+            biases=[base.lm_head_bias],
+            top_k=self.config.teacher_top_k,
+            measure=measure,
+        )
+        metrics: dict[str, tuple[Tensor, Tensor]] = {}
+        if measure:
+            n = batch.counts_K.new_tensor(len(taught.rows_N))
+            right_KN = out.best_KN == taught.gold_N
+            metrics = {
+                "top1/1": (right_KN.sum(), n),
+                "overlap/1": (out.overlaps_K[0], n),
+                "floor": (out.floors_K[0], n),
+            }
+            right_BT = taught.at_students(right_KN, batch.tokens_BT)[0]
+            sure_BT = taught.at_students(out.chance_KN >= self.config.threshold, batch.tokens_BT)[0]
+            metrics["tokens_per_step"] = self._in_a_row(batch, right_BT, sure_BT)
+        return LossOut(out.sum, batch.counts_K[1], metrics)
+
+    def _in_a_row(self, batch: Batch, right_BT: Tensor, sure_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Depth k of the root at t is drafted at t + k - 1, if every token before it was right and certain."""
+        counted_BT = future_tokens(batch.mask_BT, batch.documents_BT, 1)[0].bool()
+        start_BT = counted_BT & (batch.positions_BT > 0)  # no step's root is a document's first token
+        positions, kept = start_BT.sum(), start_BT.new_zeros((), dtype=torch.long)
+        for k in range(1, self.config.depth + 1):
+            start_BT = start_BT & future_tokens(right_BT, batch.documents_BT, k - 1)[0]
+            kept = kept + start_BT.sum()
+            start_BT = start_BT & future_tokens(sure_BT, batch.documents_BT, k - 1)[0]
+        return positions + kept, positions
+
+    def propose(self, base: BaseView, state: State) -> Proposal:
+        """The root and every drafted token run through the base's first blocks on the base's own K/V; the adapter
+        drafts from what they left there."""
+        kv, exit_layer = cast(KV, state.kv), self.exit_layer
+        head_kv = state.head_kv = base.new_kv(1) if state.head_kv is None else state.head_kv
+        seen_BAD, start = state.seen.hidden[exit_layer], kv.length
+        rows, accepted = seen_BAD.shape[:2]
+        tree, heard = Ancestors(seen_BAD.device), Ancestors(seen_BAD.device)
+        entered, kept = [], head_kv.length + accepted
+
+        def enter(tokens_C: Tensor, depth: int, mask: Tensor | None) -> Tensor:
+            positions = torch.full((1, len(tokens_C)), start + depth, device=seen_BAD.device)
+            tokens_BC = tokens_C.expand(rows, -1)
+            wanted = Needs(frozenset({exit_layer}))
+            entered.append(
+                base.capture(wanted, tokens_BC, positions_BQ=positions, mask_BQS=mask, kv=kv).hidden[exit_layer]
+            )
+            return entered[-1]
+
+        new_BQD = torch.cat([seen_BAD, enter(torch.tensor([state.root], device=seen_BAD.device), 0, None)], 1)
+        positions = torch.arange(head_kv.length, kept + 1, device=seen_BAD.device)[None]
+        logits_AV = self(base, new_BQD, positions, None, head_kv)[0, -1:]
+        sure = self._sure(logits_AV)
+        depth = 0
+
+        def deeper(level: Level, tokens_C: Tensor) -> Tensor | None:
+            nonlocal sure, depth
+            depth += 1
+            hidden_BCD = enter(tokens_C, depth, tree.below(level.above_C, start + 1))
+            if not sure or not len(level.expanded_A):
+                return None
+            mask = heard.below(level.of_C[level.expanded_A], kept + 1)
+            at = torch.full((1, len(level.expanded_A)), kept + depth, device=mask.device)
+            logits_AV = self(base, hidden_BCD[:, level.expanded_A], at, mask, head_kv)[0]
+            sure = self._sure(logits_AV)
+            return logits_AV
+
+        tokens_N, parents_N = fill(state.shape, state.root, logits_AV[0], deeper)
+        head_kv.crop(kept)
+        return Proposal(tokens_N, parents_N, (exit_layer, torch.cat(entered, 1)))
+
+    def _sure(self, logits_AV: Tensor) -> bool:
+        """Whether any of these distributions is certain enough to go on below its best token."""
+        if not self.config.threshold:
+            return True
+        return bool((logits_AV.float().softmax(-1).amax(-1) >= self.config.threshold).any())
