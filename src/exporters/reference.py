@@ -63,6 +63,26 @@ LAYOUTS: dict[str, Layout] = {
             "exit_layer": head.exit_layer,
         },
     ),
+    # SafeAILab/EAGLE, EAGLE-3: our names are theirs; the embedding is the base's
+    "Eagle3": Layout(
+        names=((r"(.*)", r"\1"),),
+        ignored=(r"embed_tokens\.weight",),
+        describe=lambda head: {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "model_type": "llama",
+            "num_hidden_layers": 1,
+            "hidden_size": head.spec.hidden_size,
+            "intermediate_size": head.spec.intermediate_size,
+            "num_attention_heads": head.spec.num_heads,
+            "num_key_value_heads": head.spec.num_kv_heads,
+            "head_dim": head.spec.head_dim,
+            "max_position_embeddings": head.spec.max_positions,
+            "rms_norm_eps": head.spec.norm_eps,
+            "rope_theta": head.spec.rope_theta,
+            "vocab_size": head.spec.vocab_size,
+            "draft_vocab_size": head.draft_vocab,
+        },
+    ),
 }
 
 

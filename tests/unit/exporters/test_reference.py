@@ -52,6 +52,20 @@ def medusa() -> Shapes:
 # yaml -> (settings, the published tensors, of which these are copies or unused and left out)
 PUBLISHED: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
     "medusa": ({"num_heads": 2, "num_layers": 1}, medusa(), {}),
+    "eagle3": (
+        {"draft_vocab_size": 10},
+        {
+            "fc.weight": (D, 3 * D),
+            **attention("midlayer.self_attn", 2 * D),
+            **mlp("midlayer.mlp"),
+            **{f"midlayer.{n}.weight": (D,) for n in ("hidden_norm", "input_layernorm", "post_attention_layernorm")},
+            "norm.weight": (D,),
+            "lm_head.weight": (10, D),
+            "d2t": (10,),
+            "t2d": (V,),
+        },
+        {"embed_tokens.weight": (V, D)},
+    ),
     "kangaroo": (
         {"exit_layer": 1},
         {**attention("layers.0.self_attn"), "layers.0.input_layernorm.weight": (D,), "norm.weight": (D,)},
