@@ -203,7 +203,8 @@ class _SoftPass:
     def run(self) -> None:
         plan = self.plan
         for start, stop, counted in _counted_chunks(plan.counted_KN, plan.rows):
-            logits_nV, kept_n = plan.teacher(start, stop)
+            with torch.autocast(self.x_KND.device.type, enabled=False):  # the base as it is in decoding
+                logits_nV, kept_n = plan.teacher(start, stop)
             taught = _teach(logits_nV, plan.top_k, self.dtype, plan.measure)
             del logits_nV  # else the teacher's logits live beside each student's
             for k, at_m in enumerate(counted):

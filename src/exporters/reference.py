@@ -22,22 +22,37 @@ from draftsmith.contracts import BaseSpec, BaseView, Head
 from draftsmith.errors import ConfigError, DataError
 
 WEIGHTS = "model.safetensors"
+Rules = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """names: (our name, their key) as patterns for re.fullmatch and Match.expand. ignored: patterns of their keys
-    that we leave out. describe(head) -> the keys that their config.json has beside our name for the base."""
+    """names: (our name, their key) as patterns for re.fullmatch and Match.expand; or what gives them for a head, where
+    they differ with its settings. ignored: patterns of their keys that we leave out. describe(head) -> the keys that
+    their config.json has beside our name for the base."""
 
-    names: tuple[tuple[str, str], ...]
+    names: Rules | Callable[[Any], Rules]
     describe: Callable[[Any], dict[str, Any]]
     ignored: tuple[str, ...] = ()
 
-    def key(self, name: str) -> str:
-        for ours, theirs in self.names:
+    def key(self, name: str, head: Head) -> str:
+        for ours, theirs in self.names(head) if callable(self.names) else self.names:
             if found := re.fullmatch(ours, name):
                 return found.expand(theirs)
         raise AssertionError(f"{name}: no rule of this layout names it")
+
+
+def _hydra(head: Any) -> Rules:
+    """With a prefix layer a dropout module stands before every block and lm_head, and counts."""
+    between, inner = (2, ".1") if head.config.prefix_layer else (1, "")
+    blocks = [(j, between * (j + 1) - 1) for j in range(head.config.num_layers)]
+    return (
+        (r"blocks\.(\d+)\.0\.residual\.(.*)", rf"hydra_mlp.\1.{blocks[0][1]}.res_connection.\2"),
+        *((rf"blocks\.(\d+)\.{ours}\.(.*)", rf"hydra_mlp.\1.{theirs}.\2") for ours, theirs in blocks),
+        (r"lm_heads\.(\d+)\.(.*)", rf"hydra_lm_head.\1{inner}.\2"),
+        (r"prefix\.layer\.(.*)", r"prefix_embeding_layer.layers.0.\1"),
+        (r"prefix\.(norm\..*)", r"prefix_embeding_layer.\1"),
+    )
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -83,6 +98,18 @@ LAYOUTS: dict[str, Layout] = {
             "draft_vocab_size": head.draft_vocab,
         },
     ),
+    # zankner/Hydra, hydra_lm_head: the blocks of head k, its lm_head; of Hydra++ the prefix layer (their spelling) too
+    "Hydra": Layout(
+        names=_hydra,
+        describe=lambda head: {
+            "hydra_num_heads": head.config.num_heads,
+            "hydra_num_layers": head.config.num_layers,
+            "hydra_head_arch": "prefix-mlp" if head.config.prefix_layer else "mlp",
+            "grounded_heads": True,
+            "hidden_state_offset": 0,
+        },
+        ignored=(r"prefix_embeding_layer\.(embed_tokens\.weight|layers\.0\.self_attn\.rotary_emb\..*)",),
+    ),
 }
 
 
@@ -90,7 +117,7 @@ def keys(head: Head) -> dict[str, str]:
     """Our name -> the published key, for every tensor of this head."""
     layout = layout_of(type(head))
     settings = {k: str(v) for k, v in vars(head.config).items()}
-    found = {name: layout.key(name) for name in head.state_dict()}
+    found = {name: layout.key(name, head) for name in head.state_dict()}
     return {name: re.sub(r"\{(\w+)\}", lambda m: settings[m[1]], key) for name, key in found.items()}
 
 

@@ -391,8 +391,9 @@ def test_its_logits_do_not_know_later_tokens(variant: Variant, make: Any) -> Non
 def test_logits_in_training_equal_those_in_decoding(variant: Variant, make: Any, recording: Any) -> None:
     """The engine's incremental captures against the capture of a packed batch that holds the same text."""
     base, head = make(variant, 0.0)
-    train(base, head, a_batch(head.horizon, said_by=base), 25)
-    shape, engine, prompt = shape_for(head), recording(head), [5, 9, 2, 41, 17]
+    batch = a_batch(head.horizon, said_by=base)
+    train(base, head, batch, 25)
+    shape, engine, prompt = shape_for(head), recording(head), batch.tokens_BT[1, :4].tolist()
     out, decoding = overhear(head, lambda: generate(base, prompt, drafter=engine, shape=shape, max_new_tokens=40))
     starts = [len(t) for t in engine.tokens]
     assert len({b - a for a, b in itertools.pairwise(starts)}) > 1  # some drafts kept, some not

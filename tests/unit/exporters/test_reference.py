@@ -49,6 +49,38 @@ def medusa() -> Shapes:
     return found
 
 
+def hydra() -> Shapes:
+    """Two heads of one layer: hydra_head_arch mlp."""
+    found: Shapes = {}
+    for k in range(2):
+        wide = (D, (k + 2) * D)
+        for name in ("linear", "res_connection"):
+            found |= {f"hydra_mlp.{k}.0.{name}.weight": wide, f"hydra_mlp.{k}.0.{name}.bias": (D,)}
+        found |= {f"hydra_lm_head.{k}.weight": (V, D), f"hydra_lm_head.{k}.bias": (V,)}
+    return found
+
+
+def hydra_pp() -> Shapes:
+    """Two heads of three layers: hydra_head_arch prefix-mlp, where dropout modules take every other number."""
+    found: Shapes = {}
+    for k in range(2):
+        wide = (D, (k + 2) * D)
+        for name in ("linear", "res_connection"):
+            found |= {f"hydra_mlp.{k}.1.{name}.weight": wide, f"hydra_mlp.{k}.1.{name}.bias": (D,)}
+        for j in (3, 5):
+            found |= {f"hydra_mlp.{k}.{j}.linear.weight": (D, D), f"hydra_mlp.{k}.{j}.linear.bias": (D,)}
+        found |= {f"hydra_lm_head.{k}.1.weight": (V, D), f"hydra_lm_head.{k}.1.bias": (V,)}
+    layer = "prefix_embeding_layer.layers.0"
+    norms = (f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "prefix_embeding_layer.norm")
+    return found | attention(f"{layer}.self_attn") | mlp(f"{layer}.mlp") | {f"{name}.weight": (D,) for name in norms}
+
+
+HYDRA_UNUSED: Shapes = {
+    "prefix_embeding_layer.embed_tokens.weight": (V, D),
+    "prefix_embeding_layer.layers.0.self_attn.rotary_emb.inv_freq": (SIZE // 2,),
+}
+
+
 # yaml -> (settings, the published tensors, of which these are copies or unused and left out)
 PUBLISHED: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
     "medusa": ({"num_heads": 2, "num_layers": 1}, medusa(), {}),
@@ -71,6 +103,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
         {**attention("layers.0.self_attn"), "layers.0.input_layernorm.weight": (D,), "norm.weight": (D,)},
         {},
     ),
+    "hydra": ({"num_heads": 2}, hydra(), {}),
+    "hydra_pp": ({"num_heads": 2, "num_layers": 3}, hydra_pp(), HYDRA_UNUSED),
 }
 
 
