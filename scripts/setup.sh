@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # scripts/setup.sh [extra …]: a virtual environment with draftsmith in it, editable. Extras as in pyproject.toml
-# (dev, gpu, lora, hub, wandb, vllm). A second call does nothing until something that it depends on changes.
+# (dev, gpu, lora, hub, plots, wandb, vllm). A second call does nothing until something that it depends on changes.
 #
 #   VENV         where                                        default: .venv beside pyproject.toml
 #   PYTHON       which interpreter makes it                   default: the first of python3, python3.13 … that is new enough

@@ -19,9 +19,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def load_base(path: str | Path, *, revision: str | None = None, dtype: str = "float32", device: str = "cpu") -> BaseLM:
-    """A frozen base from a folder or hub id that transformers loads (safetensors only, no remote code)."""
-    return lm.load(str(path), revision=revision, dtype=dtype, device=device)
+def load_base(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    adapter: str | Path | None = None,
+) -> BaseLM:
+    """A frozen base from a folder or hub id that transformers loads (safetensors only, no remote code); adapter: the
+    folder of a LoRA adapter that was trained with a head."""
+    return lm.load(
+        str(path), revision=revision, dtype=dtype, device=device, adapter=None if adapter is None else str(adapter)
+    )
 
 
 def load_head(path: str | Path, *, base: BaseLM) -> Head:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from draftsmith import artifacts, config, prepare, train
 from draftsmith.data.rows import Row
+from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError
 from draftsmith.training.settings import Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from draftsmith.base.lm import BaseLM
+    from draftsmith.contracts import Head
+    from draftsmith.training.timing import StepTimer
+
+WARM = 5  # micro-batches that are not counted
+COUNTED = 15  # steps that count at least in step_cost
 
 
 @dataclass(frozen=True)
@@ -51,9 +64,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     from draftsmith.base import create
     from draftsmith.base.lm import BaseLM
-    from draftsmith.data.module import RowsModule, Steps
-    from draftsmith.training.fit import fit, new_head
-    from draftsmith.training.timing import StepTimer
+    from draftsmith.data.module import Steps
+    from draftsmith.training.fit import new_head
 
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
@@ -61,27 +73,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     base = BaseLM(model).to("cuda" if settings.trainer.accelerator == "gpu" else "cpu")
     heads = {name: new_head(kind, own, name, base, cfg.seed) for name, (kind, own) in chosen.items()}
     rows = made_up(chats, base.spec.vocab_size, cfg.seed)
-    horizon = max(head.horizon for head in heads.values())
-    layout = {"length": chats.length, "accumulate": 1, "horizon": horizon, "seed": cfg.seed}
+    layout = {"length": chats.length, "accumulate": 1, "horizon": 1, "seed": cfg.seed}
     packs = len(Steps(rows, batch_size=1, **layout).packs(0))  # a step is all the chats, packed
-    timer = StepTimer(warm=5)
-    steps = settings.trainer.steps(packs, packs) + timer.warm + 1
-
-    def serve(start: int, stop: int) -> RowsModule:
-        return RowsModule(rows, batch_size=packs, start=start, stop=stop, **layout)
-
-    with tempfile.TemporaryDirectory() as scratch:
-        fit(
-            base,
-            heads,
-            serve,
-            run_dir=Path(scratch),
-            steps=steps,
-            seed=cfg.seed,
-            settings=settings,
-            ties={},
-            more=[timer],
-        )
+    steps = settings.trainer.steps(packs, packs)
+    timer = timed(base, heads, rows, settings, cfg.seed, length=chats.length, batch_size=packs, steps=steps)
     result = {
         **timer.result(settings.trainer.log_every),
         "threads": torch.get_num_threads(),
@@ -93,6 +88,67 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         f" {result['ratio_of_sums']:.2f} x (medians {result['ratio_of_medians']:.2f} x) -> {run_dir}/bench.json"
     )
     return result
+
+
+def timed(
+    base: BaseLM,
+    heads: Mapping[str, Head],
+    rows: Sequence[Row],
+    settings: Settings,
+    seed: int,
+    *,
+    length: int,
+    batch_size: int,
+    steps: int,
+    weights_N: np.ndarray | None = None,
+) -> StepTimer:
+    """Trains the heads for so many counted steps and a few before them, and leaves nothing but their times."""
+    from draftsmith.data.module import RowsModule
+    from draftsmith.training.fit import fit
+    from draftsmith.training.timing import StepTimer
+
+    layout: dict[str, Any] = {
+        "length": length,
+        "batch_size": batch_size,
+        "accumulate": settings.trainer.accumulate,
+        "horizon": max(head.horizon for head in heads.values()),
+        "seed": seed,
+        "weights_N": weights_N,
+    }
+    timer = StepTimer(warm=WARM)
+
+    def serve(start: int, stop: int) -> RowsModule:
+        return RowsModule(rows, start=start, stop=stop, **layout)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        told: dict[str, Any] = {"run_dir": Path(scratch), "seed": seed, "settings": settings, "ties": {}}
+        fit(base, heads, serve, steps=steps + WARM + 1, more=[timer], **told)
+    return timer
+
+
+def step_cost(cfg: DictConfig) -> dict[str, Any]:
+    """What an optimiser step of draftsmith train's configuration costs on its own base and rows: CPU-seconds, and
+    as a ratio of the base's forward. Whole logging windows are counted, since metrics cost time too."""
+    from draftsmith.training.fit import new_head
+
+    data, settings = config.typed(cfg.data, DataConfig, "data"), Settings.of(cfg)
+    log_every, accumulate = settings.trainer.log_every, settings.trainer.accumulate
+    base = prepare.load_base(config.typed(cfg.base, prepare.BaseConfig, "base"))
+    rows = train.rows_for(data, base)
+    heads = {name: new_head(kind, own, name, base, cfg.seed) for name, (kind, own) in train.heads_of(cfg).items()}
+    timer = timed(
+        base,
+        heads,
+        rows.training,
+        settings,
+        cfg.seed,
+        length=data.length,
+        batch_size=data.batch_size,
+        steps=log_every * math.ceil(COUNTED / log_every),
+        weights_N=rows.weights_N,
+    )
+    result = timer.result(log_every * accumulate)
+    return {**result, "step_cpu_seconds": accumulate * result["mean_step_ms"] / 1e3}
 
 
 def made_up(chats: ChatsConfig, vocab_size: int, seed: int) -> list[Row]:

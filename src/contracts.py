@@ -38,8 +38,8 @@ class BaseSpec:
     """What a head may know of a base before any weight is loaded, and what ties the head to that base.
 
     Sizes are plain integers; norm_eps, rope_theta, qkv_bias and qk_norm are those of its blocks. `path` and
-    `revision` name the base as transformers loads it; the three sha256 fingerprints are those of its
-    configuration, its tokenizer and its chat template ("" = has none).
+    `revision` name the base as transformers loads it; the sha256 fingerprints are those of its configuration, its
+    tokenizer, its chat template and its trained adapter ("" = has none).
     """
 
     family: str
@@ -62,38 +62,45 @@ class BaseSpec:
     config_sha256: str = ""
     tokenizer_sha256: str = ""
     template_sha256: str = ""
+    adapter_sha256: str = ""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a head wants from one base forward. `hidden` uses the layer convention of this module."""
+    """What a head wants from one base forward. `hidden` uses the layer convention of this module.
+
+    adapter: the head trains an adapter of the base with it, so that gradients flow through the capture.
+    original: also `final` of the base without its adapter.
+    """
 
     hidden: frozenset[int] = frozenset()
     final: bool = False
     logits: bool = False
+    adapter: bool = False
+    original: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(self.hidden | other.hidden, self.final or other.final, self.logits or other.logits)
+        flags = {k: v or getattr(other, k) for k, v in vars(self).items() if k != "hidden"}
+        return Needs(self.hidden | other.hidden, **flags)
 
 
 @dataclass
 class Capture:
     """What one base forward left; exactly what the Needs asked for, nothing else.
 
-    hidden: layer -> [B, T, D]; final: [B, T, D]; logits: [B, T, V].
+    hidden: layer -> [B, T, D]; final: [B, T, D]; logits: [B, T, V]; original: [B, T, D].
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     final: Tensor | None = None
     logits: Tensor | None = None
+    original: Tensor | None = None
 
     def at(self, positions_A: Tensor) -> Capture:
         """The same capture at these positions of the T axis, in their order."""
-        return Capture(
-            {layer: h.index_select(1, positions_A) for layer, h in self.hidden.items()},
-            None if self.final is None else self.final.index_select(1, positions_A),
-            None if self.logits is None else self.logits.index_select(1, positions_A),
-        )
+        hidden = {layer: h.index_select(1, positions_A) for layer, h in self.hidden.items()}
+        rest = (self.final, self.logits, self.original)
+        return Capture(hidden, *(None if t is None else t.index_select(1, positions_A) for t in rest))
 
 
 class KV(Protocol):
@@ -168,6 +175,11 @@ class BaseView(Protocol):
         ...
 
     def to(self, device: torch.device | str) -> BaseView: ...
+
+    @property
+    def adapter(self) -> nn.Module | None:
+        """What is trained of it, if anything."""
+        ...
 
     def capture(
         self,
@@ -350,6 +362,7 @@ class Head(nn.Module, ABC):
     Config: ClassVar[type]
     role: ClassVar[str]  # "drafter"
     lossy: ClassVar[bool] = False  # True: decoding with it may change the base's output
+    adapts: ClassVar[bool] = False  # True: an adapter of the base is trained with it
 
     def __init__(self, config: Any, spec: BaseSpec) -> None:
         super().__init__()

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from draftsmith import artifacts, config, prepare, supply
-from draftsmith.contracts import Drafter, Needs
+from draftsmith.contracts import Drafter, Head, Needs
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.prompts import PromptsConfig, user_turns
 from draftsmith.data.records import Record
 from draftsmith.data.settings import DataConfig
 from draftsmith.decoding.referee import COMPANY, HF, PLAIN, BaselinesConfig, DecodingConfig, Referee
 from draftsmith.errors import ConfigError, DataError, NumericsError
-from draftsmith.reporting import table
+from draftsmith.reporting import leaderboard, table
 
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM
@@ -27,10 +27,15 @@ if TYPE_CHECKING:
 class EvaluateConfig(prepare.MachineConfig):
     load: list[str] = dataclasses.field(default_factory=list)
     repeats: int = 3
+    batch_sizes: list[int] = dataclasses.field(default_factory=lambda: [1])
+    batch_prompts: int = 8
 
     def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ConfigError(f"repeats={self.repeats}: give at least 1")
+        for name in ("repeats", "batch_prompts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: give at least 1")
+        if any(n < 1 for n in self.batch_sizes):
+            raise ConfigError(f"batch_sizes={self.batch_sizes}: every size is at least 1")
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -39,7 +44,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     decoding = config.typed(cfg.decoding, DecodingConfig, "decoding")
     prompts = config.typed(cfg.prompts, PromptsConfig, "prompts")
     baselines = config.typed(cfg.baselines, BaselinesConfig, "baselines")
-    own = {k: cfg[k] for k in ("load", "repeats", "threads", "device")}
+    own = {k: cfg[k] for k in ("load", "repeats", "batch_sizes", "batch_prompts", "threads", "device")}
     settings = config.typed(own, EvaluateConfig, "evaluate")
     run_dir = config.run_dir(cfg, "evaluate")
     folders, of_run = heads_of(run_dir, settings.load)
@@ -53,19 +58,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     base = prepare.load_base(base_config, settings.device)
     heads = {name: native.load(f, base.spec, device=base.device) for name, f in folders.items()}
     asked, source = held_out(base, prompts, of_run, told, base.spec.max_positions - decoding.max_new_tokens)
-    referee = Referee(
-        base,
-        decoding,
-        baselines,
-        base.eos_ids,
-        lambda p: base.generate([list(p)], max_new_tokens=decoding.max_new_tokens)[0],
-        _rescorer(base),
-        settings.repeats,
-    )
-    drafters = {name: cast(Drafter, head) for name, head in heads.items() if head.role == "drafter"}
-    found = referee.evaluate(drafters, asked)
-    for name, head in heads.items():
-        found["heads"][name]["parameters"] = sum(p.numel() for p in head.parameters())
+    found = judged(base, heads, asked, decoding, baselines, settings)
     dtype = str(base.dtype).removeprefix("torch.")
     how = {"prompts": source, "repeats": settings.repeats, "threads": settings.threads, "device": str(base.device)}
     result = {
@@ -78,15 +71,47 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     artifacts.write_json(run_dir / "evaluation.json", result)
     prepare.say(table.evaluation(result))
     prepare.say(f"-> {run_dir / 'evaluation.json'}")
+    if len(heads) > 1:
+        prepare.say(leaderboard.write(run_dir, leaderboard.entries(found["heads"])))
+    check_proofs(found, dtype, run_dir / "evaluation.json")
+    return result
+
+
+def judged(
+    base: BaseLM,
+    heads: Mapping[str, Head],
+    asked: list[list[int]],
+    decoding: DecodingConfig,
+    baselines: BaselinesConfig,
+    settings: EvaluateConfig,
+) -> dict[str, Any]:
+    """What the referee finds of these heads, with how large each is."""
+    referee = Referee(
+        base,
+        decoding,
+        baselines,
+        base.eos_ids,
+        lambda p: base.generate([list(p)], max_new_tokens=decoding.max_new_tokens)[0],
+        _rescorer(base),
+        settings.repeats,
+        settings.batch_sizes,
+        settings.batch_prompts,
+    )
+    drafters = {name: cast(Drafter, head) for name, head in heads.items() if head.role == "drafter"}
+    found = referee.evaluate(drafters, asked)
+    for name, head in heads.items():
+        found["heads"][name]["parameters"] = sum(p.numel() for p in head.parameters())
+    return found
+
+
+def check_proofs(found: Mapping[str, Any], dtype: str, written: Path) -> None:
+    """NumericsError if a base in fp32 or more did not keep its own tokens."""
     proofs = {HF: found[HF]["lossless"], **{name: h["lossless"] for name, h in found["heads"].items()}}
     wrong = [name for name, proof in proofs.items() if not proof["ok"]]
     if wrong and dtype in ("float32", "float64"):
-        raise NumericsError(
-            f"{', '.join(wrong)}: the output differs from the base's own; see {run_dir}/evaluation.json"
-        )
+        raise NumericsError(f"{', '.join(wrong)}: the output differs from the base's own; see {written}")
     if wrong:
         prepare.say(f"note: in {dtype} rounding decides between near-equal logits; base.dtype=float32 is the proof")
-    return result
 
 
 def heads_of(run_dir: Path, load: Any) -> tuple[dict[str, Path], dict[str, Any] | None]:
@@ -111,20 +136,29 @@ def base_of(cfg: DictConfig, folders: Mapping[str, Path], of_run: dict[str, Any]
     if of_run is None:
         raise ConfigError("base: which one? give base=… beside load=…")
     base = dataclasses.replace(config.typed(of_run["base"], prepare.BaseConfig, "base"), trust_remote_code=False)
-    recorded = artifacts.read_json(next(iter(folders.values())) / "config.json")["base"]["path"]
+    first = next(iter(folders.values()))
+    if base.lora is not None:  # what was trained of it lies with its head
+        base = dataclasses.replace(base, lora=None, adapter=str(first / "adapter"))
+    recorded = artifacts.read_json(first / "config.json")["base"]["path"]
     if base.path and not Path(base.path).exists() and Path(recorded).is_dir():
         return dataclasses.replace(base, path=recorded)
     return base
 
 
 def held_out(
-    base: BaseLM, prompts: PromptsConfig, of_run: dict[str, Any] | None, told: ChatConfig, room: int
+    base: BaseLM,
+    prompts: PromptsConfig,
+    of_run: dict[str, Any] | None,
+    told: ChatConfig,
+    room: int,
+    also: frozenset[str] = frozenset(),
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """Token ids of the prompts, and what evaluation.json tells of them. Made-up prompts share no user turn with
-    the made-up ones the run was trained on; of others, those trained on are counted (trained_on; null: unknown).
+    the made-up ones the run was trained on, nor any in `also`; of others, those trained on are counted (trained_on;
+    null: unknown).
     """
     trained = trained_on(of_run)
-    asked = supply.collect(prompts, user_turns(trained or []))
+    asked = supply.collect(prompts, user_turns(trained or []) | also)
     if not asked:
         raise DataError(f"{prompts.path}: no prompt in it")
     seen = None if trained is None else len({r.asked for r in asked} & {r.asked for r in trained})

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from draftsmith import artifacts, config
+from draftsmith.base.settings import LoraConfig
 from draftsmith.errors import ConfigError
 from draftsmith.training.strategy import is_first_process
 
@@ -35,8 +36,12 @@ class BaseConfig:
     dtype: str = "float32"
     trust_remote_code: bool = False
     recipe: dict[str, Any] | None = None
+    lora: LoraConfig | None = None  # an adapter to train with a head that trains one (medusa2)
+    adapter: str | None = None  # the folder of a trained one
 
     def __post_init__(self) -> None:
+        if self.lora is not None and self.adapter is not None:
+            raise ConfigError("lora, adapter: give one of them; an adapter to train, or one that is trained")
         if (self.path is None) == (self.recipe is None):
             raise ConfigError("path, recipe: give one of them; a base to load, or how to make one")
         if self.dtype not in ("float32", "bfloat16", "float16", "float64"):
@@ -69,6 +74,7 @@ def load_base(base: BaseConfig, device: str = "cpu") -> BaseLM:
         dtype=base.dtype,
         device=device,
         trust_remote_code=base.trust_remote_code,
+        adapter=base.adapter,
     )
 
 

@@ -31,6 +31,7 @@ def run(cfg: DictConfig) -> Path:
     settings = Settings.of(cfg)
     prepare.check_seed(cfg.seed)
     chosen = heads_of(cfg)
+    check_company(chosen, base_config, cfg.start_from)
     supply.check(data)
     run_dir = config.run_dir(cfg, "train")
     first = strategy.is_first_process()
@@ -66,23 +67,28 @@ def _run(
 
     import torch
 
-    from draftsmith.training.fit import new_head
+    from draftsmith.exporters import native
+    from draftsmith.training.fit import new_adapter, new_head
 
     if settings.trainer.threads:  # before the base writes rows: two threads on one busy core are far slower
         torch.set_num_threads(settings.trainer.threads)
     own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     base = prepare.load_base(base_config, own_gpu if settings.trainer.accelerator == "gpu" else "cpu")
+    if base_config.lora is not None:
+        new_adapter(base, base_config.lora, cfg.seed)
     before = base.weights_sha256()
     chosen_rows = rows_for(data, base)
     counts_V = torch.from_numpy(chosen_rows.training.token_counts(base.spec.vocab_size))
     heads = {name: new_head(kind, own, name, base, cfg.seed, counts_V) for name, (kind, own) in chosen.items()}
+    for name, folder in (cfg.start_from or {}).items():
+        heads[str(name)].load_state_dict(native.load(folder, base.spec, device=base.device).state_dict())
     ties = {"base": before, "rows": chosen_rows.training.sha256()}
     _fit(base, heads, chosen_rows, data, run_dir, cfg.seed, settings, ties)
     if base.weights_sha256() != before:
         raise NumericsError("base: its weights changed during training; nothing was exported")
     if strategy.is_first_process():
         facts = {"rows": len(chosen_rows.training), "funnel": chosen_rows.funnel, "sha256": ties}
-        _finish(run_dir, heads, prepare.provenance(cfg, **facts), source)
+        _finish(run_dir, heads, base, prepare.provenance(cfg, **facts), source)
 
 
 def rows_for(data: DataConfig, base: BaseLM) -> Chosen:
@@ -116,6 +122,29 @@ def heads_of(cfg: DictConfig) -> dict[str, tuple[type[Head], Any]]:
         if not issubclass(kind, Head):
             raise ConfigError(f"heads.{name}._target_: {kind.__name__} is no head")
     return {n: (kind, config.typed(cfg.heads[n], kind.Config, f"heads.{n}")) for n, kind in kinds.items()}
+
+
+def check_company(chosen: dict[str, tuple[type[Head], Any]], base: prepare.BaseConfig, start_from: Any) -> None:
+    """Heads share a base forward only while the base stands still; an adapter is trained with one head alone."""
+    adapting = [name for name, (kind, _) in chosen.items() if kind.adapts]
+    others = sorted(set(chosen) - set(adapting[:1]))
+    if adapting and others:
+        raise ConfigError(
+            f"head: {adapting[0]} trains an adapter of the base, so {', '.join(others)} cannot share its forward; train"
+            " them apart"
+        )
+    if adapting and base.lora is None:
+        raise ConfigError(f"base.lora: {adapting[0]} trains an adapter of the base; give e.g. 'base.lora={{rank: 32}}'")
+    if base.lora is not None and not adapting:
+        raise ConfigError(
+            f"base.lora: {', '.join(chosen)} trains no adapter; choose head=[medusa2], or base.adapter=… for one that is"
+            " trained"
+        )
+    if "base" in chosen:
+        raise ConfigError("heads.base: the name is the adapter's; choose another")
+    for name in start_from or {}:
+        if name not in chosen:
+            raise ConfigError(f"start_from.{name}: no such head is trained; there are {', '.join(chosen)}")
 
 
 def _fit(
@@ -169,13 +198,16 @@ def _fit(
     fit.fit(base, heads, serve, validate_every=every, **told)
 
 
-def _finish(run_dir: Path, heads: dict[str, Head], facts: dict[str, Any], source: str | None) -> None:
+def _finish(run_dir: Path, heads: dict[str, Head], base: BaseLM, facts: dict[str, Any], source: str | None) -> None:
     """The native exports, provenance.json and, last, the mark that the run is complete."""
     from draftsmith.exporters import native
 
     told = {name: facts[name] for name in ("rows", "seed", "identity")}
+    if base.adapter is not None:
+        base.name_adapter()
     for name, head in heads.items():
-        native.save(run_dir / "heads" / name, head, name=name, training=told)
+        head.spec = base.spec
+        native.save(run_dir / "heads" / name, head, name=name, training=told, adapter=base.adapter)
     artifacts.write_json(run_dir / "provenance.json", facts)
     artifacts.write_json(run_dir / "COMPLETE.json", {"heads": sorted(heads), "data_sha256": source})
     prepare.say(f"heads -> {run_dir / 'heads'}")

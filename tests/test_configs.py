@@ -39,6 +39,8 @@ TARGETED = {"head", "exporter"}
 # what a verb's own file holds beside the groups: (verb, key) -> its dataclass
 OWN: dict[tuple[str, str], type] = {
     ("evaluate", "prompts"): PromptsConfig,
+    ("bakeoff", "selection"): PromptsConfig,
+    ("bakeoff", "prompts"): PromptsConfig,
     ("label", "labels"): LabelsConfig,
     ("evaluate", "baselines"): BaselinesConfig,
     ("bench", "base"): bench.ShapeConfig,

@@ -205,12 +205,12 @@ def test_a_wheel_holds_every_folder() -> None:
     assert set(told) == names
 
 
-LIGHT = ("quickstart", "distill", "train")  # loaded first: what one verb loads, the next ones have too
+LIGHT = ("quickstart", "distill", "train", "bakeoff")  # loaded first: what one verb loads, the next ones have too
 
 
 def test_verbs_import_nothing_heavy() -> None:
     """`--help` and a mistyped key answer in a moment only while importing a verb loads no large package."""
-    modules = [f"draftsmith.{name}" for name in ("cli", "config", *LIGHT, *VERBS)]
+    modules = [f"draftsmith.{name}" for name in dict.fromkeys(("cli", "config", *LIGHT, *VERBS))]
     code = (
         "import importlib, json, sys\n"
         "loaded = {}\n"

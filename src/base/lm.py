@@ -10,6 +10,7 @@ size, V vocabulary.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from draftsmith import contracts
-from draftsmith.base import masks
+from draftsmith.base import lora, masks
 from draftsmith.base.answering import Sampling, answer
 from draftsmith.base.families import layer_types, part, paths_of, windows
 from draftsmith.base.generation import generate
 from draftsmith.base.kv import KV
 from draftsmith.base.loading import outline_of, read
+from draftsmith.base.settings import LoraConfig
 from draftsmith.base.spec import eos_ids_of, spec_of, weights_sha256
 from draftsmith.contracts import BaseSpec, Capture, Needs
 from draftsmith.errors import ConfigError, DataError
@@ -61,6 +63,27 @@ class BaseLM:
         spans = windows(model.config, paths, len(self._layers))
         self._kinds = list(zip(types, spans, strict=True))
         self._windowed = any(window is not None for window in spans)
+        self.adapter: lora.Adapter | None = None
+
+    def add_adapter(self, source: LoraConfig | Path) -> BaseLM:
+        """Gives the base a new adapter to train, or a saved one; returns itself. spec.adapter_sha256 then names the
+        saved one; a new one has no name before `name_adapter`."""
+        assert self.adapter is None, "the base has an adapter already"
+        saved = isinstance(source, Path)
+        self.adapter = lora.load(self.model, source) if saved else lora.inject(self.model, source)
+        inside = sum(len([m for m in layer.modules() if hasattr(m, "lora_A")]) for layer in self._layers)
+        if inside != len(self.adapter.dropouts):
+            raise ConfigError(
+                "base.lora.targets: only layers inside the base's blocks; heads read its lm_head as it is"
+            )
+        if saved:
+            self.name_adapter()
+        return self
+
+    def name_adapter(self) -> None:
+        """From here on the base is told from others by its adapter too."""
+        assert self.adapter is not None
+        self.spec = dataclasses.replace(self.spec, adapter_sha256=self.adapter.sha256())
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +161,6 @@ class BaseLM:
             hidden_BQD = self._layers[layer](hidden_BQD, **inputs[self._kinds[layer]])
         return hidden_BQD
 
-    @torch.no_grad()
     def capture(
         self,
         needs: Needs,
@@ -149,11 +171,30 @@ class BaseLM:
         kv: contracts.KV | None = None,
         entered: tuple[int, Tensor] | None = None,
     ) -> Capture:
-        """One forward without gradients; keeps what `needs` names and nothing else.
+        """One forward, without gradients unless an adapter is trained; keeps what `needs` names and nothing else.
 
         Stops after the last block that is needed: with a K/V, the blocks above keep their older length. `entered`
         begins with that forward's residual stream instead of the embedding, at the block above it.
         """
+        if needs.original:
+            with lora.switched_off(self.model), torch.no_grad():
+                given = {"positions_BQ": positions_BQ, "mask_BQS": mask_BQS}
+                original = self.capture(Needs(final=True), tokens_BQ, **given).final
+            needs = dataclasses.replace(needs, original=False)
+            seen = self.capture(needs, tokens_BQ, **given, kv=kv, entered=entered)
+            return dataclasses.replace(seen, original=original)
+        with torch.set_grad_enabled(needs.adapter and torch.is_grad_enabled()):
+            return self._capture(needs, tokens_BQ, positions_BQ, mask_BQS, kv, entered)
+
+    def _capture(
+        self,
+        needs: Needs,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor | None,
+        mask_BQS: Tensor | None,
+        kv: contracts.KV | None,
+        entered: tuple[int, Tensor] | None,
+    ) -> Capture:
         top = self._last_needed(needs)
         counted = positions_BQ is None
         if positions_BQ is None:
@@ -179,7 +220,8 @@ class BaseLM:
         return Capture(seen, final_BQD if needs.final else None, self.lm_head(final_BQD) if needs.logits else None)
 
     def weights_sha256(self) -> str:
-        """Hash of every parameter and buffer: the same before and after whatever we do to a base."""
+        """Hash of every parameter and buffer: the same before and after whatever we do to a base. An adapter's are
+        not the base's."""
         return weights_sha256(self.model, self.paths.rotary)
 
     def generate(
@@ -284,17 +326,19 @@ def load(
     dtype: str = "float32",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    adapter: str | None = None,
 ) -> BaseLM:
     """A frozen base from a folder or hub id that transformers loads; its tokenizer too where it has one.
 
     dtype: float32, bfloat16, float16 or float64. Only safetensors are read. ConfigError for an unknown
     dtype or family; DataError where there is no model, or where a weight is missing or has another shape
-    (transformers would only warn, and leave the weight random).
+    (transformers would only warn, and leave the weight random). adapter: the folder of one in peft's format.
     """
     model, tokenizer = read(path, revision, dtype, trust_remote_code)
     if Path(path).is_dir():
         path = str(Path(path).resolve())  # an artifact that names this base is read from other folders
-    return BaseLM(model, tokenizer, path, revision).to(device)
+    base = BaseLM(model, tokenizer, path, revision)
+    return (base.add_adapter(Path(adapter)) if adapter else base).to(device)
 
 
 @dataclass(frozen=True)

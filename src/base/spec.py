@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from draftsmith.artifacts import fingerprint, tensors_sha256
 from draftsmith.base.families import Paths, part
+from draftsmith.base.lora import own_name
 from draftsmith.contracts import BaseSpec
 
 # Where a configuration came from, how it was stored or what one call should return: none of it says what
@@ -99,5 +100,6 @@ def weights_sha256(model: nn.Module, rotary: str = "") -> str:
     The rotary module's buffers (prefix `rotary`) are left out: some families recompute them in place as
     sequences grow, and they follow from the configuration alone.
     """
-    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    everything: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    named = [(own, t) for n, t in everything if (own := own_name(n))]
     return tensors_sha256({n: t for n, t in named if not (rotary and n.startswith(rotary + "."))})

@@ -49,7 +49,7 @@ class BaselinesConfig:
 @dataclass
 class Referee:
     """hugging_face(prompt ids) -> new ids by transformers' own generate; rescore(ids) -> fp64 logits [V] of
-    the next token, the judge of near ties."""
+    the next token, the judge of near ties. batch_sizes beyond 1 are measured on the first batch_prompts prompts."""
 
     base: BaseView
     decoding: DecodingConfig
@@ -58,6 +58,8 @@ class Referee:
     hugging_face: Callable[[Sequence[int]], list[int]]
     rescore: Callable[[list[int]], Tensor]
     repeats: int = 3
+    batch_sizes: Sequence[int] = (1,)
+    batch_prompts: int = 8
 
     def evaluate(self, drafters: Mapping[str, Drafter], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """The parts autoregressive, hf_generate, baselines and heads of evaluation.json."""
@@ -73,6 +75,7 @@ class Referee:
             repeats=self.repeats,
         )
         plain, hf = results[PLAIN], results[HF]
+        by_batch = self._by_batch(own, prompts)
         heads = {}
         for name, contender in own.items():
             assert contender.shape is not None
@@ -80,6 +83,7 @@ class Referee:
                 **self._described(results[name], plain),
                 "tree": {"nodes": len(contender.shape.parents_N), "depth": contender.shape.depth},
                 "lossless": self._proof(name, contender, prompts, results, (PLAIN, HF)),
+                "by_batch": {str(size): told[name] for size, told in by_batch.items()},
             }
         return {
             "autoregressive": {
@@ -102,6 +106,31 @@ class Referee:
             "prompt_lookup": Contender(_always(PromptLookup(self.baselines.prompt_lookup))),
             "oracle": Contender(lambda prompt, answer: Oracle(oracle, [*prompt, *answer])),
         }
+
+    def _by_batch(
+        self, own: Mapping[str, Contender], prompts: Sequence[Sequence[int]]
+    ) -> dict[int, dict[str, dict[str, Any]]]:
+        """Batch size -> head -> what it gains over plain decoding of as many rows. The rows of a batch are equal,
+        which excludes raggedness: this is the upper bound of a batch."""
+        found = {}
+        for size in sorted({n for n in self.batch_sizes if n > 1}):
+            results = measure.measure(
+                self.base,
+                prompts[: self.batch_prompts],
+                own,
+                {},
+                max_new_tokens=self.decoding.max_new_tokens,
+                eos_ids=self.eos_ids,
+                repeats=self.repeats,
+                copies=size,
+            )
+            found[size] = {name: self._gain(results[name], results[PLAIN]) for name in own}
+        return found
+
+    def _gain(self, own: Result, plain: Result) -> dict[str, Any]:
+        terms = measure.terms(own.stats, plain.stats, self.repeats)
+        speedup = own.tokens_per_second / plain.tokens_per_second
+        return {"speedup": speedup, "predicted_speedup": terms.get("predicted_speedup"), "terms": terms}
 
     def _described(self, own: Result, plain: Result) -> dict[str, Any]:
         return {

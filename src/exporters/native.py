@@ -26,11 +26,12 @@ WEIGHTS = "model.safetensors"
 
 # What must be equal for a head to mean anything on a base; `path` and `revision` are only told.
 # (The config's hash is only told too: it changes with every default that transformers adds.)
-TIES = ("family", "hidden_size", "vocab_size", "num_layers", "tokenizer_sha256")
+TIES = ("family", "hidden_size", "vocab_size", "num_layers", "tokenizer_sha256", "adapter_sha256")
 
 
-def save(folder: Path, head: Head, *, name: str, training: dict[str, Any] | None = None) -> Path:
-    """Publishes the head whole or not at all. `training` is told in the config and the card."""
+def save(folder: Path, head: Head, *, name: str, training: dict[str, Any] | None = None, adapter: Any = None) -> Path:
+    """Publishes the head whole or not at all. `training` is told in the config and the card. adapter: the base's, if
+    it was trained with the head; it goes into the folder `adapter`, in peft's format."""
     kind = type(head)
     described = {
         "format": FORMAT,
@@ -53,6 +54,9 @@ def save(folder: Path, head: Head, *, name: str, training: dict[str, Any] | None
     with artifacts.publish(folder, kind="head") as temporary:
         artifacts.write_tensors(temporary / WEIGHTS, tensors)
         artifacts.write_json(temporary / "config.json", described)
+        if adapter is not None:
+            (temporary / "adapter").mkdir()
+            adapter.save(temporary / "adapter")
         (temporary / "README.md").write_text(_card(described, sum(t.numel() for t in tensors.values())))
     return folder
 
@@ -75,11 +79,12 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
     if not all(isinstance(said.get(group), dict) for group in ("base", "head")):
         raise DataError(f"{folder}/config.json: does not describe its base and its head")
     for tie in TIES:
-        theirs, ours = described["base"].get(tie), getattr(spec, tie)
+        theirs, ours = described["base"].get(tie, getattr(BaseSpec, tie, None)), getattr(spec, tie)
         if theirs != ours:
             raise DataError(
                 f"{folder}: made for base {described['base'].get('path')} with {tie}={theirs}, this base"
-                f" ({spec.path}) has {ours}; load the base it was trained on"
+                f" ({spec.path}) has {ours or 'none'}; load the base it was trained on"
+                + (f" with base.adapter={folder}/adapter" if tie == "adapter_sha256" and theirs else "")
             )
     try:
         kind = config.target(described["head"], f"{folder}/config.json: head")
@@ -121,11 +126,12 @@ def _card(described: dict[str, Any], parameters: int) -> str:
     base, head = described["base"], described["head"]
     settings = "\n".join(f"| {k} | {v} |" for k, v in head.items() if k != "_target_")
     training = "\n".join(f"| {k} | {v} |" for k, v in described["training"].items())
+    whose = "the base's own with its adapter (folder `adapter`)" if base["adapter_sha256"] else "the base's own"
     promise = (
         "Decoding with it may change the base's output."
         if described["lossy"]
-        else "Greedy decoding with it returns exactly the base's own tokens."
-    )
+        else f"Greedy decoding with it returns exactly the tokens of {whose}."
+    ).replace("the tokens of the base's own.", "the base's own tokens.")
     return f"""# {described["name"]}
 
 A {described["role"]} ({head["_target_"].rpartition(".")[2]}, {parameters:,} parameters) for the base
@@ -134,7 +140,7 @@ A {described["role"]} ({head["_target_"].rpartition(".")[2]}, {parameters:,} par
 ```python
 from draftsmith import generate, load_base, load_head
 
-base = load_base("{base["path"]}")
+base = load_base("{base["path"]}"{', adapter="this folder/adapter"' if base["adapter_sha256"] else ""})
 head = load_head("this folder", base=base)
 print(generate(base, input_ids, head=head, max_new_tokens=64).tokens)
 ```

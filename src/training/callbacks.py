@@ -183,9 +183,8 @@ class Checkpoints(L.Callback):
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if step % self.every == 0 or step == module.steps or stop:
             if trainer.is_global_zero:
-                heads = dict(module.each_head())
                 optimizer = trainer.optimizers[0]
-                checkpoint.save(self.folder, step, heads, optimizer, keep=self.keep, ties=self.ties)
+                checkpoint.save(self.folder, step, module.trained(), optimizer, keep=self.keep, ties=self.ties)
             trainer.strategy.barrier()
         if stop and step < module.steps:
             self.stopped_at = step

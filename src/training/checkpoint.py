@@ -1,6 +1,6 @@
 """Head-only checkpoints, one format for every strategy: safetensors and JSON.
 
-checkpoints/step-00000100/ holds, per head, <name>.safetensors with `weight.<parameter>`,
+checkpoints/step-00000100/ holds, per head (and for the base's adapter), <name>.safetensors with `weight.<parameter>`,
 `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, and state.json; COMPLETE.json seals it with sizes and
 sha256. The file `last` names the newest complete one. Order and randomness are functions of the step number,
 so the step is all the position there is.
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from draftsmith import artifacts
-from draftsmith.contracts import Head
 from draftsmith.errors import DataError
 
 SEAL = "COMPLETE.json"
@@ -40,7 +40,7 @@ class Checkpoint:
 def save(
     folder: Path,
     step: int,
-    heads: Mapping[str, Head],
+    parts: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     *,
     keep: int,
@@ -50,8 +50,8 @@ def save(
     target = folder / f"step-{step:08d}"
     updates: dict[str, int] = {}
     with artifacts.publish(target, manifest=SEAL, kind="checkpoint", step=step) as temporary:
-        for name, head in heads.items():
-            tensors, updates[name] = _tensors(head, optimizer)
+        for name, part in parts.items():
+            tensors, updates[name] = _tensors(part, optimizer)
             artifacts.write_tensors(temporary / f"{name}.safetensors", tensors)
         artifacts.write_json(temporary / "state.json", {"step": step, "updates": updates, "ties": dict(ties)})
     artifacts.write_json(folder / "last", {"checkpoint": target.name})
@@ -82,16 +82,16 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(state["step"], state["ties"], tensors, state["updates"])
 
 
-def restore(checkpoint: Checkpoint, heads: Mapping[str, Head], optimizer: torch.optim.Optimizer) -> None:
+def restore(checkpoint: Checkpoint, parts: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
     """Puts weights and moments back, in place and bit for bit."""
-    if set(checkpoint.tensors) != set(heads):
+    if set(checkpoint.tensors) != set(parts):
         raise DataError(
             f"checkpoint of step {checkpoint.step}: holds heads {sorted(checkpoint.tensors)}, the run trains"
-            f" {sorted(heads)}; use another run_dir"
+            f" {sorted(parts)}; use another run_dir"
         )
-    for name, head in heads.items():
+    for name, part in parts.items():
         tensors = checkpoint.tensors[name]
-        for parameter_name, p in head.named_parameters():
+        for parameter_name, p in part.named_parameters():
             with torch.no_grad():
                 p.copy_(_expect(tensors, f"weight.{parameter_name}", p, name))
             if checkpoint.updates[name]:
@@ -101,10 +101,10 @@ def restore(checkpoint: Checkpoint, heads: Mapping[str, Head], optimizer: torch.
                 }
 
 
-def _tensors(head: Head, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], int]:
+def _tensors(part: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], int]:
     tensors: dict[str, torch.Tensor] = {}
     updates = 0
-    for name, p in head.named_parameters():
+    for name, p in part.named_parameters():
         tensors[f"weight.{name}"] = p.detach().contiguous()
         state: dict[str, Any] = optimizer.state.get(p, {})
         if state:

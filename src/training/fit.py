@@ -56,7 +56,7 @@ def fit(
     if module.start < steps:
         engine.fit(module, datamodule=data(module.start, steps))
     elif resume:
-        checkpoint.restore(resume, heads, module.configure_optimizers()["optimizer"])
+        checkpoint.restore(resume, module.trained(), module.configure_optimizers()["optimizer"])
     if checkpoints.stopped_at is not None:
         raise Interrupted(
             f"stopped by a signal after step {checkpoints.stopped_at} of {steps}, checkpoint saved;"
@@ -110,6 +110,12 @@ def new_head(
     return head.to(base.lm_head_weight.device)
 
 
+def new_adapter(base: Any, settings: Any, seed: int) -> None:
+    """Gives the base an adapter that changes nothing yet, from the seed alone."""
+    with rekeyed(seed, "initialisation", "base"):
+        base.add_adapter(settings)
+
+
 def rehearse(base: BaseView, heads: Mapping[str, Head], batch: Batch) -> None:
     """One micro-batch forward and backward before step 1, so that what cannot work fails now. Gradients are
     thrown away, and the heads' weights are the same afterwards."""
@@ -119,7 +125,9 @@ def rehearse(base: BaseView, heads: Mapping[str, Head], batch: Batch) -> None:
         if not bool(torch.isfinite(out.sum)):
             raise NumericsError(f"{name}: the first batch's loss is {out.sum.item()}; check base and rows")
         out.sum.backward()
-        head.zero_grad(set_to_none=True)
+        for part in (head, base.adapter):
+            if part is not None:
+                part.zero_grad(set_to_none=True)
 
 
 def _quiet_lightning() -> None:

@@ -58,7 +58,13 @@ class TrainModule(L.LightningModule):
         self.start = resume.step if resume else 0
         self.measured: dict[str, float] = {}
         self.validated: dict[str, float] = {}
+        self.adapter = base.adapter  # trained too, where there is one, and then by gradients through the base
         self._sums: dict[str, Tensor] = {}
+
+    def trained(self) -> dict[str, nn.Module]:
+        """Everything with an optimiser group, a norm and a place in the checkpoint: the heads, and the base's adapter
+        under the name `base`."""
+        return {**dict(self.each_head()), **({} if self.adapter is None else {"base": self.adapter})}
 
     def on_fit_start(self) -> None:
         self.base.to(self.device)  # Lightning moves the heads; the base is not among the module's children
@@ -81,7 +87,8 @@ class TrainModule(L.LightningModule):
         if part == 0:
             self._sums = {}
         losses = []
-        seen = self._seen(batch)
+        with rekeyed(self.seed, step, part, self.global_rank, "base"):
+            seen = self._seen(batch)
         for name, head in self.each_head():
             head.progress = step / self.steps
             with rekeyed(self.seed, step, part, self.global_rank, name):
@@ -98,21 +105,21 @@ class TrainModule(L.LightningModule):
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The metrics of rows that are never learned, the heads as they decode; equal on every process."""
         self._sums = {}
+        self.eval()
         for part, batch in enumerate(batches):
             batch = batch.to(self.device)
             seen = self._seen(batch)
             for name, head in self.each_head():
-                head.eval()
                 with rekeyed(self.seed, "validation", part, self.global_rank, name):
                     out = head.loss(self.base, seen, batch, measure=True)
                 self._add_all(f"validation/{name}", out.sum / out.count.clamp(min=1), out)
-                head.train()
+        self.train()
         return self._reduced() if self._sums else {}
 
     def _seen(self, batch: Batch) -> Capture:
         """One base forward for all heads, computed as it will be in decoding."""
         needs = reduce(or_, (head.needs for _, head in self.each_head()), Needs())
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):
             return self.base.capture(needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
 
     def _add_all(self, prefix: str, loss: Tensor, out: LossOut) -> None:
@@ -137,11 +144,11 @@ class TrainModule(L.LightningModule):
         groups = [
             {
                 "name": name,
-                "params": list(head.parameters()),
+                "params": list(part.parameters()),
                 "lr": self.optimizer.of(name, "lr"),
                 "weight_decay": self.optimizer.of(name, "weight_decay"),
             }
-            for name, head in self.each_head()
+            for name, part in self.trained().items()
         ]
         made: Any = self.settings.optimizer_class
         optimizer = made(
@@ -152,7 +159,7 @@ class TrainModule(L.LightningModule):
             fused=True,
         )
         if self.resume:
-            checkpoint.restore(self.resume, dict(self.each_head()), optimizer)
+            checkpoint.restore(self.resume, self.trained(), optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda s: self.settings.scheduler.factor(self.start + s, self.steps)
         )

@@ -38,7 +38,8 @@ class StepTimer(L.Callback):
             self.forward.append(self._since - now)
 
     def result(self, log_every: int) -> dict[str, Any]:
-        """Per micro-batch. Ratios: of medians, and of sums over whole logging windows (metrics cost only every n-th step)."""
+        """Times of a micro-batch. Ratios: of medians, and of sums over whole logging windows (metrics cost only
+        every n-th step)."""
         n = len(self.step) - len(self.step) % log_every
         step, forward = self.step[:n], self.forward[:n]
         return {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from draftsmith import config
+from draftsmith.base.settings import LoraConfig
 from draftsmith.contracts import Batch, Capture, Head, LossOut, Needs, State
 from draftsmith.data.pack import collate
 from draftsmith.data.rows import Row, Rows
@@ -23,7 +24,7 @@ from draftsmith.decoding.engine import generate
 from draftsmith.decoding.lossless import compare
 from draftsmith.errors import ConfigError
 from draftsmith.exporters import native
-from draftsmith.training.fit import new_head
+from draftsmith.training.fit import new_adapter, new_head
 
 # role -> what a head of that role must offer beside forward and loss
 ROLES = {"drafter": ("propose", "max_depth")}
@@ -87,6 +88,10 @@ def make(tiny_base: Any, noisy: Any) -> Callable[..., tuple[Any, Head]]:
 
     def of(variant: Variant, scale: float = 0.1, seed: int = 0) -> tuple[Any, Head]:
         base = tiny_base()
+        if variant.kind.adapts:
+            base = tiny_base.__wrapped__()
+            new_adapter(base, LoraConfig(rank=3), seed)
+            noisy(base.adapter, scale)
         return base, noisy(new_head(variant.kind, variant.own, variant.name, base, seed), scale).eval()
 
     return of
@@ -116,8 +121,9 @@ def a_batch(horizon: int, learn: Callable[[int, int], bool] | None = None, seed:
     return collate([rows[:3], rows[3:]], LENGTH, total)
 
 
+@torch.no_grad()
 def capture(base: Any, needs: Needs, batch: Batch) -> Capture:
-    """As training does it."""
+    """As training does it; of an adapter only the value, not the gradient."""
     return base.capture(needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
 
 
@@ -278,8 +284,13 @@ def test_the_loss_falls_on_one_batch(variant: Variant, make: Any) -> None:
 def test_gradients_reach_every_parameter_of_the_head_and_none_of_the_base(variant: Variant, make: Any) -> None:
     base, head = make(variant)
     before = base.weights_sha256()
-    frozen = [*base.model.parameters(), *base.model.buffers()]
-    loss_of(base, head, a_batch(head.horizon)).sum.backward()
+    adapter = [] if base.adapter is None else list(base.adapter.parameters())
+    frozen = [p for p in [*base.model.parameters(), *base.model.buffers()] if not any(p is a for a in adapter)]
+    batch = a_batch(head.horizon)
+    where = {"positions_BQ": batch.positions_BT, "mask_BQS": batch.visible()}
+    head.loss(base, base.capture(head.needs, batch.tokens_BT, **where), batch).sum.backward()
+    assert head.adapts == bool(adapter)
+    assert all(p.grad is not None and p.grad.any() for p in adapter)
     assert [n for n, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
     assert [p.shape for p in frozen if p.grad is not None or p.requires_grad] == []
     assert {p.data_ptr() for p in head.parameters()} & {p.data_ptr() for p in frozen} == set()
@@ -328,7 +339,7 @@ def test_a_batch_with_nothing_to_learn_costs_nothing(variant: Variant, make: Any
 def test_a_forward_shared_with_other_heads_changes_nothing(variant: Variant, make: Any) -> None:
     base, head = make(variant)
     batch = a_batch(head.horizon)
-    everything = Needs(frozenset(range(base.spec.num_layers + 1)), final=True, logits=True)
+    everything = head.needs | Needs(frozenset(range(base.spec.num_layers + 1)), final=True, logits=True)
     assert torch.equal(head.loss(base, capture(base, everything, batch), batch).sum, loss_of(base, head, batch).sum)
 
 

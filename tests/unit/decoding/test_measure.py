@@ -55,7 +55,7 @@ def test_medians_over_repeats_and_the_rotating_order(monkeypatch: pytest.MonkeyP
     clock, calls = Clock(), []
     plain_times = itertools.chain([100, 100], itertools.cycle([1, 9, 2]))  # two untimed calls come first
 
-    def generate(base, prompt, *, drafter=None, max_new_tokens, eos_ids=frozenset(), shape=None):
+    def generate(base, prompt, *, drafter=None, max_new_tokens, eos_ids=frozenset(), shape=None, copies=1):
         if max_new_tokens == measure.PAST and not eos_ids:
             return Generation([8] * measure.PAST, Stats(), "length")
         calls.append("head" if drafter else "plain")
@@ -85,3 +85,20 @@ def test_medians_over_repeats_and_the_rotating_order(monkeypatch: pytest.MonkeyP
     assert results["autoregressive"].stats.verify_seconds == 3.0  # seconds of all
     assert calls == ["plain", "plain", "head", "plain", "head", "head", "plain", "plain", "head"]
     assert told[-1] == [5, 6] + [8] * measure.PAST
+
+
+def test_copies_reach_every_decoding_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def generate(base, prompt, *, drafter=None, max_new_tokens, eos_ids=frozenset(), shape=None, copies=1):
+        asked.append((max_new_tokens, copies))
+        return Generation([5], Stats(steps=1, verify_seconds=1.0), "length")
+
+    class Base:
+        class spec:
+            max_positions = 100
+
+    monkeypatch.setattr(measure, "generate", generate)
+    told = {"max_new_tokens": 2, "eos_ids": frozenset(), "repeats": 2, "copies": 4}
+    measure.measure(Base(), [[1]], {"head": Contender(lambda prompt, answer: object())}, {}, **told)
+    assert {copies for limit, copies in asked if limit == 2} == {4}
