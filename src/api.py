@@ -1,11 +1,14 @@
-"""The public Python API: load_base, load_head, generate."""
+"""The public Python API: load_base, load_head, generate; load_published, save_head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from omegaconf import OmegaConf
+
+from draftsmith import config
 from draftsmith.base import lm
 from draftsmith.base.lm import BaseLM
 from draftsmith.contracts import Drafter, Head
@@ -13,7 +16,7 @@ from draftsmith.decoding.engine import Generation
 from draftsmith.decoding.engine import generate as decode
 from draftsmith.decoding.tree import TreeConfig
 from draftsmith.errors import ConfigError
-from draftsmith.exporters import native
+from draftsmith.exporters import native, reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +43,22 @@ def load_head(path: str | Path, *, base: BaseLM) -> Head:
     Raises DataError where the folder is incomplete or altered, or the head belongs to another base.
     """
     return native.load(path, base.spec, device=base.device)
+
+
+def load_published(path: str | Path, kind: str, *, base: BaseLM, **settings: Any) -> Head:
+    """A head from weights in the key layout its authors publish, as safetensors; `kind` is a yaml of conf/head, whose
+    settings hold where none are given. DataError names every key that is missing, left over or of another shape."""
+    cfg = config.compose("train", [f"head=[{kind}]"])
+    if kind not in cfg.heads:
+        raise ConfigError(f"kind='{kind}': no such head")
+    cls = config.target(cfg.heads[kind], kind)
+    own = config.typed({**cast(dict, OmegaConf.to_container(cfg.heads[kind])), **settings}, cls.Config, kind)
+    return reference.load(path, cls, own, base.spec).to(base.device)
+
+
+def save_head(folder: str | Path, head: Head, *, name: str) -> Path:
+    """Writes the native folder that load_head and `draftsmith evaluate load=[…]` read."""
+    return native.save(Path(folder), head, name=name)
 
 
 def generate(

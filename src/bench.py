@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,14 +72,20 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         torch.set_num_threads(settings.trainer.threads)
     model = create.llama(shape.shape, None, cfg.seed).to(getattr(torch, shape.dtype))
     base = BaseLM(model).to("cuda" if settings.trainer.accelerator == "gpu" else "cpu")
-    heads = {name: new_head(kind, own, name, base, cfg.seed) for name, (kind, own) in chosen.items()}
     rows = made_up(chats, base.spec.vocab_size, cfg.seed)
     layout = {"length": chats.length, "accumulate": 1, "horizon": 1, "seed": cfg.seed}
     packs = len(Steps(rows, batch_size=1, **layout).packs(0))  # a step is all the chats, packed
     steps = settings.trainer.steps(packs, packs)
-    timer = timed(base, heads, rows, settings, cfg.seed, length=chats.length, batch_size=packs, steps=steps)
-    result = {
-        **timer.result(settings.trainer.log_every),
+
+    def cost(names: Sequence[str]) -> dict[str, Any]:
+        heads = {n: new_head(chosen[n][0], chosen[n][1], n, base, cfg.seed) for n in names}
+        layout = {"length": chats.length, "batch_size": packs, "steps": steps}
+        return timed(base, heads, rows, settings, cfg.seed, **layout).result(settings.trainer.log_every)
+
+    result = cost(list(chosen))
+    if len(chosen) > 1:
+        result |= company({name: cost([name]) for name in chosen}, [result, cost(list(chosen))])
+    result |= {
         "threads": torch.get_num_threads(),
         "config": OmegaConf.to_container(cfg, throw_on_missing=False),
     }
@@ -87,7 +94,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         f"base forward {result['base_forward_ms']:.0f} ms, training step {result['step_ms']:.0f} ms:"
         f" {result['ratio_of_sums']:.2f} x (medians {result['ratio_of_medians']:.2f} x) -> {run_dir}/bench.json"
     )
+    if len(chosen) > 1:
+        apart = ", ".join(f"{name} {own['mean_step_ms']:.0f}" for name, own in result["apart"].items())
+        prepare.say(f"one step of each alone: {apart} ms; together: {result['together_over_apart']:.2f} x their sum")
     return result
+
+
+def company(apart: dict[str, dict[str, Any]], together: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What one base forward for all saves; together is timed before and after the others."""
+    joint = statistics.mean(r["mean_step_ms"] for r in together)
+    return {"apart": apart, "together_over_apart": joint / sum(own["mean_step_ms"] for own in apart.values())}
 
 
 def timed(

@@ -55,16 +55,19 @@ def _hydra(head: Any) -> Rules:
     )
 
 
+# FasterDecoding/Medusa, medusa_lm_head: residual blocks of head k, then its lm_head
+MEDUSA = Layout(
+    names=((r"blocks\.(\d+)\.(\d+)\.(.*)", r"\1.\2.\3"), (r"lm_heads\.(\d+)\.(weight)", r"\1.{num_layers}.\2")),
+    describe=lambda head: {
+        "medusa_num_heads": head.config.num_heads,
+        "medusa_num_layers": head.config.num_layers,
+        "version": "2" if head.config.share_lm_head else "1",
+    },
+)
+
 LAYOUTS: dict[str, Layout] = {
-    # FasterDecoding/Medusa, medusa_lm_head: residual blocks of head k, then its lm_head
-    "Medusa": Layout(
-        names=((r"blocks\.(\d+)\.(\d+)\.(.*)", r"\1.\2.\3"), (r"lm_heads\.(\d+)\.(weight)", r"\1.{num_layers}.\2")),
-        describe=lambda head: {
-            "medusa_num_heads": head.config.num_heads,
-            "medusa_num_layers": head.config.num_layers,
-            "version": "2" if head.config.share_lm_head else "1",
-        },
-    ),
+    "Medusa": MEDUSA,
+    "Medusa2": MEDUSA,  # the adapter lies beside it, in peft's format
     # Equationliu/Kangaroo, the adapter: a Llama of one layer without MLP
     "Kangaroo": Layout(
         names=((r"(norm\..*)", r"\1"), (r"(.*)", r"layers.0.\1")),

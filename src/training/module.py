@@ -68,6 +68,7 @@ class TrainModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.base.to(self.device)  # Lightning moves the heads; the base is not among the module's children
+        self.train()  # it would leave a part that came in eval mode without its dropout
 
     def each_head(self) -> Iterator[tuple[str, Head]]:
         return ((name, cast(Head, head)) for name, head in self.heads.items())

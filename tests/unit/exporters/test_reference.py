@@ -84,6 +84,7 @@ HYDRA_UNUSED: Shapes = {
 # yaml -> (settings, the published tensors, of which these are copies or unused and left out)
 PUBLISHED: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
     "medusa": ({"num_heads": 2, "num_layers": 1}, medusa(), {}),
+    "medusa2": ({"num_heads": 2, "num_layers": 1}, medusa(), {}),
     "eagle3": (
         {"draft_vocab_size": 10},
         {
