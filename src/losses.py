@@ -312,3 +312,9 @@ def linear_soft_cross_entropy(
         rows,
     )
     return SoftOut(*_LinearSoftCrossEntropy.apply(plan, x_KND, *params.values()))
+
+
+def feature_distance(x_ND: Tensor, target_ND: Tensor) -> Tensor:
+    """SmoothL1 (beta 1), averaged over D and summed over rows; a scalar, fp32 at least."""
+    exact = torch.promote_types(x_ND.dtype, torch.float32)
+    return F.smooth_l1_loss(x_ND.to(exact), target_ND.to(exact), reduction="none").mean(-1).sum()

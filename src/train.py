@@ -137,8 +137,8 @@ def check_company(chosen: dict[str, tuple[type[Head], Any]], base: prepare.BaseC
         raise ConfigError(f"base.lora: {adapting[0]} trains an adapter of the base; give e.g. 'base.lora={{rank: 32}}'")
     if base.lora is not None and not adapting:
         raise ConfigError(
-            f"base.lora: {', '.join(chosen)} trains no adapter; choose head=[medusa2], or base.adapter=… for one that is"
-            " trained"
+            f"base.lora: {', '.join(chosen)} trains no adapter; choose head=[medusa2], or base.adapter=… for one that"
+            " is trained"
         )
     if "base" in chosen:
         raise ConfigError("heads.base: the name is the adapter's; choose another")

@@ -95,7 +95,8 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
     except ConfigError as e:
         raise DataError(str(e)) from None
     try:
-        tensors = load_file(folder / WEIGHTS, device=str(device))
+        # Clones, since a file's tensors begin wherever they do: some CPU kernels round by a pointer's alignment.
+        tensors = {name: t.clone() for name, t in load_file(folder / WEIGHTS, device=str(device)).items()}
         head.load_state_dict(tensors, strict=True, assign=True)
     except (SafetensorError, RuntimeError, FileNotFoundError) as e:
         raise DataError(f"{folder / WEIGHTS}: {' '.join(str(e).split())}") from None

@@ -34,7 +34,7 @@ from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, L
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import DecoderLayer, ResBlock, as_head
 from draftsmith.heads.drafting import fill
-from draftsmith.losses import SoftOut, linear_cross_entropy, linear_soft_cross_entropy
+from draftsmith.losses import SoftOut, feature_distance, linear_cross_entropy, linear_soft_cross_entropy
 from draftsmith.targets import Lessons, future_tokens, lessons
 
 
@@ -237,7 +237,7 @@ class Hydra(Head):
             elif measure:
                 best[k] = soft.best_KN[k, own.rows_M]
             if config.reconstruction_weight:
-                away = reconstruction(own.hidden_MD, final_ND[own.rows_M])
+                away = feature_distance(own.hidden_MD, final_ND[own.rows_M])
                 share = share + config.reconstruction_weight * away
             total, shares[k] = total + share, shares[k] + share.detach()
         metrics = self.measured(batch, learnings, shares, best, soft) if measure else {}
@@ -293,9 +293,3 @@ class Hydra(Head):
             return expand()
 
         return Proposal(*fill(state.shape, state.root, expand()[0], deeper))
-
-
-def reconstruction(hidden_MD: Tensor, final_MD: Tensor) -> Tensor:
-    """SmoothL1 (beta 1), averaged over D and summed over positions; fp32 at least."""
-    exact = torch.promote_types(hidden_MD.dtype, torch.float32)
-    return F.smooth_l1_loss(hidden_MD.to(exact), final_MD.to(exact), reduction="none").mean(-1).sum()

@@ -15,7 +15,8 @@ from draftsmith.contracts import BaseSpec, Batch, Capture, State, TreeShape
 from draftsmith.decoding import tree
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import ResBlock
-from draftsmith.heads.hydra import FirstBlock, Hydra, HydraConfig, reconstruction
+from draftsmith.heads.hydra import FirstBlock, Hydra, HydraConfig
+from draftsmith.losses import feature_distance
 from draftsmith.targets import Lessons, lessons
 
 MakeBatch = Callable[..., Batch]
@@ -307,10 +308,10 @@ def test_11_16_a_student_that_is_the_base_pays_the_entropy(base: BaseLM) -> None
 def test_11_22_smooth_l1_around_zero() -> None:
     """§11.22: 0 where the head's state is f_{t+k}; half the square of a small difference, summed over positions."""
     f_MD = torch.randn(4, D, dtype=torch.float64)
-    assert reconstruction(f_MD, f_MD).item() == 0
-    assert reconstruction(f_MD + 1e-3, f_MD).item() == pytest.approx(4 * 0.5e-6, rel=1e-6)
-    assert reconstruction(f_MD - 3, f_MD).item() == pytest.approx(4 * 2.5, rel=1e-12)
-    assert reconstruction(f_MD.bfloat16(), f_MD.bfloat16()).dtype == torch.float32
+    assert feature_distance(f_MD, f_MD).item() == 0
+    assert feature_distance(f_MD + 1e-3, f_MD).item() == pytest.approx(4 * 0.5e-6, rel=1e-6)
+    assert feature_distance(f_MD - 3, f_MD).item() == pytest.approx(4 * 2.5, rel=1e-12)
+    assert feature_distance(f_MD.bfloat16(), f_MD.bfloat16()).dtype == torch.float32
 
 
 def test_the_teacher_is_not_pulled_towards_the_head(base: BaseLM, make_batch: MakeBatch) -> None:
