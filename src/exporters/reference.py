@@ -101,6 +101,21 @@ LAYOUTS: dict[str, Layout] = {
             "draft_vocab_size": head.draft_vocab,
         },
     ),
+    # For Clover nothing was published: these keys are our choice, in the naming of the Clover-2 release
+    "Clover": Layout(
+        names=(
+            (r"layer\.(.*)", r"layers.0.\1"),
+            (r"connections\.(.*)", r"clover_head_mlp_rnn.\1"),
+            (r"blocks\.(.*)", r"clover_head_mlp.\1"),
+        ),
+        describe=lambda head: {
+            "clover": {
+                "num_heads": head.config.num_heads,
+                "num_layers": int(head.config.augment),
+                "decay_coefficient": head.config.decay,
+            }
+        },
+    ),
     # zankner/Hydra, hydra_lm_head: the blocks of head k, its lm_head; of Hydra++ the prefix layer (their spelling) too
     "Hydra": Layout(
         names=_hydra,

@@ -75,6 +75,22 @@ def hydra_pp() -> Shapes:
     return found | attention(f"{layer}.self_attn") | mlp(f"{layer}.mlp") | {f"{name}.weight": (D,) for name in norms}
 
 
+def block(prefix: str) -> Shapes:
+    """A whole Llama block."""
+    norms = ("input_layernorm", "post_attention_layernorm")
+    return attention(f"{prefix}.self_attn") | mlp(f"{prefix}.mlp") | {f"{prefix}.{n}.weight": (D,) for n in norms}
+
+
+def clover() -> Shapes:
+    """Two heads. Nothing was published; the names are ours after Clover-2's."""
+    found = block("layers.0")
+    for k in range(2):
+        found |= {f"clover_head_mlp_rnn.{k}.{name}.weight": (D, D) for name in "qkv"}
+        found |= {f"clover_head_mlp_rnn.{k}.input_layernorm.weight": (D,)}
+        found |= {f"clover_head_mlp.{k}.linear.weight": (D, D), f"clover_head_mlp.{k}.linear.bias": (D,)}
+    return found
+
+
 HYDRA_UNUSED: Shapes = {
     "prefix_embeding_layer.embed_tokens.weight": (V, D),
     "prefix_embeding_layer.layers.0.self_attn.rotary_emb.inv_freq": (SIZE // 2,),
@@ -104,6 +120,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
         {**attention("layers.0.self_attn"), "layers.0.input_layernorm.weight": (D,), "norm.weight": (D,)},
         {},
     ),
+    "clover": ({"num_heads": 2}, clover(), {}),
     "hydra": ({"num_heads": 2}, hydra(), {}),
     "hydra_pp": ({"num_heads": 2, "num_layers": 3}, hydra_pp(), HYDRA_UNUSED),
 }
