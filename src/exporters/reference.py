@@ -116,6 +116,27 @@ LAYOUTS: dict[str, Layout] = {
             }
         },
     ),
+    # XiaoBin1992/clover, Clover2Model; its embedding and its lm_head are the base's lm_head
+    "Clover2": Layout(
+        names=(
+            (r"(layers\..*)", r"\1"),
+            (r"norm\.(.*)", r"clover_norm.\1"),
+            (r"head_norm\.(.*)", r"clover_head_norm.\1"),
+            (r"first\.(.*)", r"clover_head_mlp.\1"),
+            (r"later\.(.*)", r"clover_head_mlp2.\1"),
+            (r"advance\.(.*)", r"clover_head_mlp_rnn.\1"),
+            (r"regress\.(.*)", r"clover_head_mlp_rnn2.\1"),
+        ),
+        ignored=(r"clover_embed_tokens\.weight", r"lm_head\.weight"),
+        describe=lambda head: {
+            "clover": {
+                "num_heads": head.config.num_heads,
+                "num_layers": head.config.num_layers,
+                "heads_coefficient": 1.0,
+                "decay_coefficient": head.config.decay,
+            }
+        },
+    ),
     # zankner/Hydra, hydra_lm_head: the blocks of head k, its lm_head; of Hydra++ the prefix layer (their spelling) too
     "Hydra": Layout(
         names=_hydra,

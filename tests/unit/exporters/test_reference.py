@@ -91,6 +91,17 @@ def clover() -> Shapes:
     return found
 
 
+def clover2() -> Shapes:
+    found = block("layers.0") | block("layers.1")
+    for name in ("clover_head_mlp_rnn", "clover_head_mlp_rnn2"):
+        found |= {f"{name}.input_layernorm.weight": (D,)}
+        for part in "qkv":
+            found |= {f"{name}.{part}.weight": (D, D), f"{name}.{part}.bias": (D,)}
+    found |= {"clover_head_mlp.weight": (D, D), "clover_head_mlp2.weight": (D, 2 * D)}
+    found |= {f"clover_head_mlp{n}.bias": (D,) for n in ("", "2")}
+    return found | {"clover_norm.weight": (D,), "clover_head_norm.weight": (D,)}
+
+
 HYDRA_UNUSED: Shapes = {
     "prefix_embeding_layer.embed_tokens.weight": (V, D),
     "prefix_embeding_layer.layers.0.self_attn.rotary_emb.inv_freq": (SIZE // 2,),
@@ -121,6 +132,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
         {},
     ),
     "clover": ({"num_heads": 2}, clover(), {}),
+    "clover2": ({}, clover2(), {"clover_embed_tokens.weight": (V, D), "lm_head.weight": (V, D)}),
     "hydra": ({"num_heads": 2}, hydra(), {}),
     "hydra_pp": ({"num_heads": 2, "num_layers": 3}, hydra_pp(), HYDRA_UNUSED),
 }
