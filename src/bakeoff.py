@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from draftsmith import artifacts, config, prepare, supply, train
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.prompts import PromptsConfig, user_turns
-from draftsmith.errors import ConfigError, DataError, NumericsError
+from draftsmith.errors import ConfigError, DataError, Diverged, NumericsError
 from draftsmith.reporting import leaderboard
 from draftsmith.training.settings import Settings
 
@@ -67,6 +67,8 @@ class BakeoffConfig:
         fixed = ["trainer.epochs=null", "trainer.max_steps=1", f"trainer.threads={self.threads}"]
         cfg = config.compose("train", [*own, *fixed, *more])
         trainer = Settings.of(cfg).trainer
+        if any(kind.adapts for kind, _ in train.heads_of(cfg).values()):
+            raise ConfigError(f"compare: {head} trains an adapter, so its base is not the others'; leave it out")
         if list(cfg.heads) != [head]:
             raise ConfigError(f"compare: {head} would train {list(cfg.heads)}; name yamls of conf/head")
         if trainer.accelerator != "cpu" or trainer.devices * trainer.num_nodes > 1:
@@ -104,7 +106,7 @@ class Contest:
         began = time.process_time()
         try:
             train.run(self.own.training(head, *own))
-        except NumericsError as e:  # too high an lr for this head
+        except Diverged as e:  # too high an lr for this head
             failed = str(e)
             prepare.say(f"failed: {failed}")
         finally:

@@ -79,7 +79,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     def cost(names: Sequence[str]) -> dict[str, Any]:
         heads = {n: new_head(chosen[n][0], chosen[n][1], n, base, cfg.seed) for n in names}
-        layout = {"length": chats.length, "batch_size": packs, "steps": steps}
+        layout: dict[str, Any] = {"length": chats.length, "batch_size": packs, "steps": steps}
         return timed(base, heads, rows, settings, cfg.seed, **layout).result(settings.trainer.log_every)
 
     result = cost(list(chosen))

@@ -41,6 +41,7 @@ MACHINE_KEYS = frozenset(
     {
         "run_dir",
         "debug",
+        "evaluate",
         "trainer.devices",
         "trainer.num_nodes",
         "trainer.accumulate",

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 class BaseSpec:
     """What a head may know of a base before any weight is loaded, and what ties the head to that base.
 
-    Sizes are plain integers; norm_eps, rope_theta, qkv_bias and qk_norm are those of its blocks. `path` and
+    Sizes are plain integers; norm_eps, the rope's, qkv_bias and qk_norm are those of its blocks. `path` and
     `revision` name the base as transformers loads it; the sha256 fingerprints are those of its configuration, its
     tokenizer, its chat template and its trained adapter ("" = has none).
     """
@@ -53,7 +53,9 @@ class BaseSpec:
     max_positions: int
     lm_head_bias: bool = False
     norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    rope_theta: float = 10000.0  # only told: rope_frequencies says how keys turn
+    rope_frequencies: tuple[float, ...] = ()  # head_dim / 2 radians per position; () = 10000^(-2i / head_dim)
+    rope_scale: float = 1.0  # of rotated queries and keys
     llama_blocks: bool = False  # its blocks are Llama's, so that a head may start from a copy of one
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -164,6 +166,11 @@ class BaseView(Protocol):
     @property
     def lm_head_bias(self) -> Tensor | None:
         """[V] or None."""
+        ...
+
+    @property
+    def lm_head_softcap(self) -> float | None:
+        """c, where the base bounds its logits z to c tanh(z / c)."""
         ...
 
     def new_kv(self, num_layers: int | None = None) -> KV:
@@ -283,9 +290,9 @@ class TreeShape:
                 [expanded.index(parents[n]) for n in nodes],
                 [n - nodes[0] for n in mine],
             ]
-            indices = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+            above_C, of_C, expanded_A = (torch.tensor(row, dtype=torch.long, device=device) for row in rows)
             span = slice(nodes[0], nodes[-1] + 1)
-            found.append(Level(span, *indices, self.ranks_N[span]))
+            found.append(Level(span, above_C, of_C, expanded_A, self.ranks_N[span]))
             above, expanded = nodes, mine
         return found
 

@@ -29,6 +29,10 @@ class NumericsError(DraftsmithError, ArithmeticError):
     exit_code = 4
 
 
+class Diverged(NumericsError):
+    """Training left the finite numbers: too high a learning rate, or rows that no head can learn."""
+
+
 class ResourceError(DraftsmithError, OSError):
     """The disk or the memory refused; what had been published before is untouched."""
 

@@ -137,7 +137,7 @@ def base_of(cfg: DictConfig, folders: Mapping[str, Path], of_run: dict[str, Any]
         raise ConfigError("base: which one? give base=… beside load=…")
     base = dataclasses.replace(config.typed(of_run["base"], prepare.BaseConfig, "base"), trust_remote_code=False)
     first = next(iter(folders.values()))
-    if base.lora is not None:  # what was trained of it lies with its head
+    if (first / "adapter").is_dir():  # what was trained of the base lies with the head
         base = dataclasses.replace(base, lora=None, adapter=str(first / "adapter"))
     recorded = artifacts.read_json(first / "config.json")["base"]["path"]
     if base.path and not Path(base.path).exists() and Path(recorded).is_dir():

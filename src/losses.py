@@ -24,10 +24,18 @@ def _chunk_rows(vocab_size: int) -> int:
     return max(64, CHUNK_LOGITS // vocab_size)
 
 
-def _project(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Logits [N, V] of x W^T + b in dtype; a tensor of their own, free to be overwritten."""
+def _project(
+    x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """(logits [N, V] of x W^T + b in dtype, the slope of their soft cap c tanh(z / c) where there is one); tensors of
+    their own, free to be overwritten."""
     logits_NV = (x_ND @ weight_VD.t()).to(dtype)
-    return logits_NV if bias_V is None else logits_NV + bias_V
+    if bias_V is not None:
+        logits_NV = logits_NV + bias_V
+    if softcap is None:
+        return logits_NV, None
+    bent_NV = torch.tanh(logits_NV / softcap)
+    return softcap * bent_NV, 1 - bent_NV.square()
 
 
 def _add_slopes(g_NV: Tensor, x_ND: Tensor, dw_VD: Tensor | None, db_V: Tensor | None, factor: float = 1.0) -> Tensor:
@@ -50,7 +58,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, rows: int
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        rows: int,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         total_dtype = torch.promote_types(x_ND.dtype, torch.float32)
         grads = [t is not None and ctx.needs_input_grad[i] for i, t in enumerate((x_ND, weight_VD, bias_V))]
@@ -61,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         best_N = torch.empty_like(target_N)
         for i in range(0, x_ND.shape[0], rows):
             x, target = x_ND[i : i + rows], target_N[i : i + rows, None]
-            logits = _project(x, weight_VD, bias_V, total_dtype)
+            logits, bend = _project(x, weight_VD, bias_V, total_dtype, softcap)
             torch.argmax(logits, -1, out=best_N[i : i + rows])
             lse = logits.logsumexp(-1, keepdim=True)
             total += (lse - logits.gather(1, target)).sum()
@@ -69,6 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             g = logits.sub_(lse).exp_()  # softmax - one-hot, in place of the logits
             g.scatter_add_(1, target, torch.full_like(lse, -1.0))
+            g = g if bend is None else g.mul_(bend)
             g = _add_slopes(g, x, dw_VD, db_V)
             if dx_ND is not None:
                 dx_ND[i : i + rows] = g @ weight_VD
@@ -78,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scale_saved(ctx, outputs[0]), None, None
+        return *_scale_saved(ctx, outputs[0]), None, None, None
 
 
 def linear_cross_entropy(
@@ -87,17 +102,19 @@ def linear_cross_entropy(
     target_N: Tensor,
     *,
     bias_V: Tensor | None = None,
+    softcap: float | None = None,
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sum, best_N): summed cross-entropy of logits x W^T + b against target_N, and each row's argmax.
 
     sum: fp32 scalar (fp64 for fp64 inputs), in nats, with gradients for x, W and b where they require them;
-    best_N: int64, no gradient. At most `rows` x V logits exist at a time. Give only rows that count: there
-    is no ignore index. Works on N = 0 (sum 0, zero gradients). One backward only.
+    best_N: int64, no gradient. softcap: c where logits are bounded to c tanh(z / c). At most `rows` x V logits exist
+    at a time. Give only rows that count: there is no ignore index. Works on N = 0 (sum 0, zero gradients). One
+    backward only.
     """
     rows = rows or _chunk_rows(weight_VD.shape[0])
     x_ND, weight_VD = x_ND.contiguous(), weight_VD.to(x_ND.dtype)
-    return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, rows)
+    return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, rows, softcap)
 
 
 class SoftOut(NamedTuple):
@@ -125,6 +142,7 @@ class _Plan(NamedTuple):
     top_k: int | None
     measure: bool
     rows: int
+    softcap: float | None
 
 
 class _Taught(NamedTuple):
@@ -219,7 +237,7 @@ class _SoftPass:
         weight_VD, dw_VD = self.params[weight_at], self.grads[weight_at]
         bias_V, db_V = (None, None) if bias_at is None else (self.params[bias_at], self.grads[bias_at])
         x_mD = _take(self.x_KND[k, chunk], at_m).to(self.matmul_dtype)
-        log_q_mV = _project(x_mD, weight_VD, bias_V, self.dtype)
+        log_q_mV, bend_mV = _project(x_mD, weight_VD, bias_V, self.dtype, plan.softcap)
         lse_m1 = log_q_mV.logsumexp(-1, keepdim=True)
         if plan.measure:
             top_m, self.best_KN[k, chunk][at_m] = log_q_mV.max(-1)
@@ -230,6 +248,7 @@ class _SoftPass:
             if not inner.shape[0]:
                 return
             log_q_mV, x_mD, at_m = (_take(t, inner) for t in (log_q_mV, x_mD, at_m))
+            bend_mV = None if bend_mV is None else _take(bend_mV, inner)
         taught = taught.at(at_m)
         self.sums_K[k].sub_((taught.p_nT * taught.pick(log_q_mV)).sum())
         learns = plan.factors[k] != 0 and any(t is not None for t in (self.dx_KND, dw_VD, db_V))
@@ -241,7 +260,9 @@ class _SoftPass:
             self.overlaps_K[k].add_(torch.minimum(taught.p_nT, taught.pick(q_mV)).sum())
         if not learns:
             return
-        g_mV = _add_slopes(taught.subtract_from(q_mV), x_mD, dw_VD, db_V, plan.factors[k])
+        g_mV = taught.subtract_from(q_mV)
+        g_mV = g_mV if bend_mV is None else g_mV.mul_(bend_mV)
+        g_mV = _add_slopes(g_mV, x_mD, dw_VD, db_V, plan.factors[k])
         if self.dx_KND is not None:
             self.dx_KND[k, chunk][at_m] = (g_mV @ weight_VD).mul_(plan.factors[k]).to(self.dx_KND.dtype)
 
@@ -274,6 +295,7 @@ def linear_soft_cross_entropy(
     factors: Sequence[float] | None = None,
     top_k: int | None = None,
     measure: bool = True,
+    softcap: float | None = None,
     rows: int | None = None,
 ) -> SoftOut:
     """Cross-entropies of K students, softmax(x_KND[k] W_k^T + b_k), against one teacher's distributions.
@@ -284,6 +306,7 @@ def linear_soft_cross_entropy(
     that teach. A row that does not teach adds nothing to the sums but is still measured.
     factors: K weights of the students in `sum`, by default 1 each; a student with factor 0 is only measured.
     top_k: the teacher's top_k likeliest tokens, renormalised, stand for it; None: all of them.
+    softcap: c where the students' logits are bounded to c tanh(z / c), as the base's own are.
     measure: False leaves floors and overlaps at 0, best at -1 and chance at 0, and saves that work.
 
     The gradients of `sum` go to x, W and b where they require them. At most `rows` x V logits of a model exist
@@ -310,6 +333,7 @@ def linear_soft_cross_entropy(
         top_k,
         measure,
         rows,
+        softcap,
     )
     return SoftOut(*_LinearSoftCrossEntropy.apply(plan, x_KND, *params.values()))
 

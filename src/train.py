@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from draftsmith import artifacts, config, prepare, supply
 from draftsmith.data.settings import DataConfig
@@ -32,6 +33,7 @@ def run(cfg: DictConfig) -> Path:
     prepare.check_seed(cfg.seed)
     chosen = heads_of(cfg)
     check_company(chosen, base_config, cfg.start_from)
+    check_groups(settings.optimizer.heads, [*chosen, *(["base"] if base_config.lora else [])])
     supply.check(data)
     run_dir = config.run_dir(cfg, "train")
     first = strategy.is_first_process()
@@ -43,7 +45,7 @@ def run(cfg: DictConfig) -> Path:
         if artifacts.read_json(run_dir / "COMPLETE.json")["data_sha256"] != source:
             raise DataError(f"{run_dir}: complete, but with other data than there is now; choose another run_dir")
         prepare.say(f"{run_dir}: already complete")
-        return run_dir
+        return _judged(cfg, run_dir)
     if first:
         with artifacts.disk(run_dir, "a run directory"):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,15 @@ def run(cfg: DictConfig) -> Path:
         if first and not begun:
             config.claim(cfg, run_dir, begun=False)
         _run(cfg, run_dir, base_config, data, settings, chosen, source)
+    return _judged(cfg, run_dir)
+
+
+def _judged(cfg: DictConfig, run_dir: Path) -> Path:
+    """The run, after draftsmith evaluate has looked at it, if cfg.evaluate asks for that."""
+    if cfg.evaluate is not None and strategy.is_first_process():
+        from draftsmith import evaluate
+
+        evaluate.run(config.compose("evaluate", [f"run_dir={run_dir}", *cfg.evaluate]))
     return run_dir
 
 
@@ -78,11 +89,12 @@ def _run(
         new_adapter(base, base_config.lora, cfg.seed)
     before = base.weights_sha256()
     chosen_rows = rows_for(data, base)
-    counts_V = torch.from_numpy(chosen_rows.training.token_counts(base.spec.vocab_size))
+    counts = chosen_rows.training.token_counts(base.spec.vocab_size, chosen_rows.weights_N)
+    counts_V = torch.from_numpy(counts)
     heads = {name: new_head(kind, own, name, base, cfg.seed, counts_V) for name, (kind, own) in chosen.items()}
     for name, folder in (cfg.start_from or {}).items():
-        heads[str(name)].load_state_dict(native.load(folder, base.spec, device=base.device).state_dict())
-    ties = {"base": before, "rows": chosen_rows.training.sha256()}
+        start(name, heads[name], native.load(folder, base.spec, device=base.device))
+    ties = {"base": " ".join([before, base.spec.adapter_sha256]).strip(), "rows": chosen_rows.training.sha256()}
     _fit(base, heads, chosen_rows, data, run_dir, cfg.seed, settings, ties)
     if base.weights_sha256() != before:
         raise NumericsError("base: its weights changed during training; nothing was exported")
@@ -142,9 +154,28 @@ def check_company(chosen: dict[str, tuple[type[Head], Any]], base: prepare.BaseC
         )
     if "base" in chosen:
         raise ConfigError("heads.base: the name is the adapter's; choose another")
+    if start_from is not None and not OmegaConf.is_dict(start_from):
+        raise ConfigError(f"start_from={start_from}: say which head, as start_from={{medusa: folder}}")
     for name in start_from or {}:
         if name not in chosen:
             raise ConfigError(f"start_from.{name}: no such head is trained; there are {', '.join(chosen)}")
+
+
+def check_groups(given: Iterable[str], trained: Sequence[str]) -> None:
+    for name in given:
+        if name not in trained:
+            raise ConfigError(f"optimizer.heads.{name}: not trained here; there are {', '.join(trained)}")
+
+
+def start(name: str, head: Head, trained: Head) -> None:
+    """Gives the head another's weights; ConfigError where they are of other sizes."""
+    own, theirs = ({k: tuple(t.shape) for k, t in h.state_dict().items()} for h in (head, trained))
+    if own != theirs:
+        raise ConfigError(
+            f"start_from.{name}: a {type(trained).__name__} with {trained.config}, this one is a {type(head).__name__}"
+            f" with {head.config}; give it the same sizes"
+        )
+    head.load_state_dict(trained.state_dict())
 
 
 def _fit(

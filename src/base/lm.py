@@ -69,14 +69,13 @@ class BaseLM:
         """Gives the base a new adapter to train, or a saved one; returns itself. spec.adapter_sha256 then names the
         saved one; a new one has no name before `name_adapter`."""
         assert self.adapter is None, "the base has an adapter already"
-        saved = isinstance(source, Path)
-        self.adapter = lora.load(self.model, source) if saved else lora.inject(self.model, source)
+        self.adapter = (lora.load if isinstance(source, Path) else lora.inject)(self.model, cast(Any, source))
         inside = sum(len([m for m in layer.modules() if hasattr(m, "lora_A")]) for layer in self._layers)
         if inside != len(self.adapter.dropouts):
             raise ConfigError(
                 "base.lora.targets: only layers inside the base's blocks; heads read its lm_head as it is"
             )
-        if saved:
+        if isinstance(source, Path):
             self.name_adapter()
         return self
 
@@ -130,6 +129,10 @@ class BaseLM:
     def lm_head_bias(self) -> Tensor | None:
         return self._head.bias
 
+    @property
+    def lm_head_softcap(self) -> float | None:
+        return self._softcap
+
     def new_kv(self, num_layers: int | None = None, *, capacity: int = 256) -> KV:
         """Empty K/V with this many slots made ahead; they double as needed."""
         if num_layers is not None:
@@ -178,10 +181,9 @@ class BaseLM:
         """
         if needs.original:
             with lora.switched_off(self.model), torch.no_grad():
-                given = {"positions_BQ": positions_BQ, "mask_BQS": mask_BQS}
-                original = self.capture(Needs(final=True), tokens_BQ, **given).final
+                original = self._capture(Needs(final=True), tokens_BQ, positions_BQ, mask_BQS, None, None).final
             needs = dataclasses.replace(needs, original=False)
-            seen = self.capture(needs, tokens_BQ, **given, kv=kv, entered=entered)
+            seen = self.capture(needs, tokens_BQ, positions_BQ=positions_BQ, mask_BQS=mask_BQS, kv=kv, entered=entered)
             return dataclasses.replace(seen, original=original)
         with torch.set_grad_enabled(needs.adapter and torch.is_grad_enabled()):
             return self._capture(needs, tokens_BQ, positions_BQ, mask_BQS, kv, entered)

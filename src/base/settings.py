@@ -10,7 +10,7 @@ from draftsmith.errors import ConfigError
 @dataclass(frozen=True)
 class LoraConfig:
     rank: int = 32
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = 0.05
     targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from draftsmith.artifacts import fingerprint, tensors_sha256
@@ -58,7 +59,6 @@ def spec_of(model: Any, paths: Paths, tokenizer: Any, path: str, revision: str |
     names = dict(part(model, paths.layers)[0].named_parameters()) if paths.llama_blocks else {}
     # a bias elsewhere (Llama's attention_bias, mlp_bias) makes a block that a head's own cannot copy
     plain = not any(n.endswith("bias") and not n.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")) for n in names)
-    rope = getattr(config, "rope_parameters", None) or {}
     shape = {k: v for k, v in config.to_dict().items() if k not in NOISE}
     return BaseSpec(
         family=config.model_type,
@@ -72,7 +72,7 @@ def spec_of(model: Any, paths: Paths, tokenizer: Any, path: str, revision: str |
         max_positions=config.max_position_embeddings,
         lm_head_bias=head.bias is not None,
         norm_eps=next((v for k in NORM_EPS if (v := getattr(config, k, None)) is not None), BaseSpec.norm_eps),
-        rope_theta=float(rope.get("rope_theta") or rope.get("full_attention", {}).get("rope_theta") or 10000.0),
+        **_rope(model, paths),
         llama_blocks=paths.llama_blocks and plain,
         qkv_bias=plain and "self_attn.q_proj.bias" in names,
         qk_norm="self_attn.q_norm.weight" in names,
@@ -82,6 +82,19 @@ def spec_of(model: Any, paths: Paths, tokenizer: Any, path: str, revision: str |
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         template_sha256=template_sha256(tokenizer),
     )
+
+
+def _rope(model: Any, paths: Paths) -> dict[str, Any]:
+    """How its keys turn, scaling included; made anew on the CPU, since an outline's buffers hold nothing."""
+    if not paths.llama_blocks:
+        return {}
+    with torch.device("cpu"):
+        rotary = type(part(model, paths.rotary))(config=model.config)
+    return {
+        "rope_theta": float((getattr(model.config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)),
+        "rope_frequencies": tuple(rotary.inv_freq.tolist()),
+        "rope_scale": float(rotary.attention_scaling),
+    }
 
 
 def eos_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:

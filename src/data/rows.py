@@ -179,11 +179,12 @@ class Rows(Sequence[Row]):
         froms_NK = np.minimum(self.begins_N[:, None] + np.arange(horizon + 1), self.ends_N[:, None])
         return sums[self.ends_N][:, None] - sums[froms_NK]
 
-    def token_counts(self, vocab_size: int) -> np.ndarray:
-        """counts_V: how often each token is learned."""
-        counts = np.zeros(vocab_size, np.int64)
-        for begin, end in zip(self.begins_N.tolist(), self.ends_N.tolist(), strict=True):
-            counts += np.bincount(self.ids[begin:end][self.mask[begin:end] > 0], minlength=vocab_size)
+    def token_counts(self, vocab_size: int, weights_N: np.ndarray) -> np.ndarray:
+        """counts_V: how often an epoch learns each token, where row n is seen weights_N[n] times."""
+        counts = np.zeros(vocab_size)
+        for begin, end, weight in zip(self.begins_N.tolist(), self.ends_N.tolist(), weights_N.tolist(), strict=True):
+            learned = self.ids[begin:end][self.mask[begin:end] > 0]
+            counts += weight * np.bincount(learned, minlength=vocab_size)
         return counts
 
     def learns(self) -> np.ndarray:

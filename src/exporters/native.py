@@ -54,11 +54,16 @@ def save(folder: Path, head: Head, *, name: str, training: dict[str, Any] | None
     with artifacts.publish(folder, kind="head") as temporary:
         artifacts.write_tensors(temporary / WEIGHTS, tensors)
         artifacts.write_json(temporary / "config.json", described)
-        if adapter is not None:
-            (temporary / "adapter").mkdir()
-            adapter.save(temporary / "adapter")
+        save_adapter(temporary, adapter)
         (temporary / "README.md").write_text(_card(described, sum(t.numel() for t in tensors.values())))
     return folder
+
+
+def save_adapter(folder: Path, adapter: Any) -> None:
+    """The base's adapter, where there is one, beside the head: without it the head is another base's."""
+    if adapter is not None:
+        (folder / "adapter").mkdir()
+        adapter.save(folder / "adapter")
 
 
 def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cpu") -> Head:
@@ -170,4 +175,4 @@ class Native:
         self.config = config
 
     def save(self, folder: Path, head: Head, base: Any, *, name: str) -> Path:
-        return save(folder, head, name=name)
+        return save(folder, head, name=name, adapter=base.adapter)

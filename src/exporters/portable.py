@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from draftsmith import artifacts
 from draftsmith.contracts import BaseView, Head
 from draftsmith.errors import ConfigError, NumericsError
+from draftsmith.exporters.native import save_adapter
 
 WEIGHTS = "medusa_lm_head.safetensors"
 
@@ -53,6 +54,7 @@ class Portable:
         with artifacts.publish(folder, kind="portable medusa") as temporary:
             artifacts.write_tensors(temporary / WEIGHTS, tensors)
             artifacts.write_json(temporary / "config.json", self.describe(head, tensors))
+            save_adapter(temporary, base.adapter)
             back = load_file(temporary / WEIGHTS)
             if back.keys() != tensors.keys() or any(not torch.equal(back[k], tensors[k]) for k in back):
                 raise NumericsError(f"{folder}: what was written does not read back equal; check the disk")

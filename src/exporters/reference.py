@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from draftsmith import artifacts
 from draftsmith.contracts import BaseSpec, BaseView, Head
 from draftsmith.errors import ConfigError, DataError
+from draftsmith.exporters.native import save_adapter
 
 WEIGHTS = "model.safetensors"
 Rules = tuple[tuple[str, str], ...]
@@ -193,6 +194,7 @@ class Reference:
         with artifacts.publish(folder, kind=f"reference {type(head).__name__}") as temporary:
             artifacts.write_tensors(temporary / WEIGHTS, tensors)
             artifacts.write_json(temporary / "config.json", described)
+            save_adapter(temporary, base.adapter)
         return folder
 
 

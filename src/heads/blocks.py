@@ -6,7 +6,7 @@ H attention heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,14 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotated queries and keys, grouped as the base's. `size`: width of its input,
-    where that is not the hidden size. Positions are the caller's; K/V, where given, holds earlier forwards'."""
+    """Causal self-attention with rotated queries and keys, grouped and turned as the base's, without its sliding
+    window. `size`: width of its input, where that is not the hidden size. Positions are the caller's; K/V, where
+    given, holds earlier forwards'."""
 
     def __init__(self, spec: BaseSpec, size: int | None = None) -> None:
         super().__init__()
         size, wide, narrow = size or spec.hidden_size, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.head_dim, self.theta = spec.head_dim, spec.rope_theta
+        self.head_dim, self.frequencies, self.scale = spec.head_dim, spec.rope_frequencies, spec.rope_scale
         self.q_proj = nn.Linear(size, wide, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(size, narrow, bias=spec.qkv_bias)
         self.v_proj = nn.Linear(size, narrow, bias=spec.qkv_bias)
@@ -53,7 +54,8 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, positions_BQ, self.theta), rotate(k, positions_BQ, self.theta), v
+        turned = (rotate(t, positions_BQ, self.frequencies, self.scale) for t in (q, k))
+        return *turned, v
 
     def join(self, out_BHQd: Tensor) -> Tensor:
         return self.o_proj(out_BHQd.transpose(1, 2).flatten(2))
@@ -112,13 +114,17 @@ class DecoderLayer(nn.Module):
             p.copy_(weights[name])
 
 
-def rotate(x_BHQd: Tensor, positions_BQ: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding in Hugging Face's layout: the first half of a head pairs with the second."""
+def rotate(x_BHQd: Tensor, positions_BQ: Tensor, frequencies: Sequence[float] = (), scale: float = 1.0) -> Tensor:
+    """Rotary position embedding in Hugging Face's layout: the first half of a head pairs with the second.
+    frequencies: radians per position of each pair; none: 10000^(-2i/d)."""
     size = x_BHQd.shape[-1]
     exact = torch.promote_types(x_BHQd.dtype, torch.float32)
-    steps = torch.arange(0, size, 2, device=x_BHQd.device, dtype=exact) / size
-    angles = positions_BQ[:, None, :, None].to(exact) * theta**-steps
-    cos, sin = (f(torch.cat([angles, angles], -1)).to(x_BHQd.dtype) for f in (torch.cos, torch.sin))
+    if frequencies:
+        turns = torch.tensor(frequencies, device=x_BHQd.device, dtype=exact)
+    else:
+        turns = 10000.0 ** -(torch.arange(0, size, 2, device=x_BHQd.device, dtype=exact) / size)
+    angles = positions_BQ[:, None, :, None].to(exact) * turns
+    cos, sin = ((f(torch.cat([angles, angles], -1)) * scale).to(x_BHQd.dtype) for f in (torch.cos, torch.sin))
     one, two = x_BHQd.chunk(2, -1)
     return x_BHQd * cos + torch.cat([-two, one], -1) * sin
 
@@ -131,6 +137,10 @@ def as_head(x: Tensor, parameter: Tensor) -> Tensor:
 
 
 def project(base: BaseView, hidden: Tensor) -> Tensor:
-    """Logits of a head's hidden state through the base's own frozen lm_head, as the losses project it."""
-    weight = base.lm_head_weight
-    return F.linear(hidden.to(weight.dtype), weight, base.lm_head_bias)
+    """Logits of a head's hidden state through the base's own frozen lm_head."""
+    return base.lm_head(hidden.to(base.lm_head_weight.dtype))
+
+
+def final_norm_weight(base: BaseView) -> Tensor:
+    """[D] of an RMS norm: what it makes of equal numbers; of large ones, without a trace of its epsilon."""
+    return base.final_norm(torch.full_like(base.lm_head_weight[0], 1024.0))

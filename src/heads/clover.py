@@ -102,7 +102,7 @@ class Clover(Head):
     def __init__(self, config: CloverConfig, spec: BaseSpec) -> None:
         super().__init__(config, spec)
         if spec.hidden_size % spec.num_heads:
-            raise ConfigError(f"clover: hidden size {spec.hidden_size} does not divide into {spec.num_heads} heads")
+            raise ConfigError(f"hidden size {spec.hidden_size} does not divide into {spec.num_heads} heads")
         self.layer = DecoderLayer(spec) if config.augment else None
         self.connections = nn.ModuleList(Connection(config, spec) for _ in range(config.num_heads))
         self.blocks = nn.ModuleList(ResBlock(spec.hidden_size) for _ in range(config.num_heads))
@@ -172,7 +172,11 @@ class Clover(Head):
             where_N = at_M[learns_M]
             target_N = target_KP[k - 1, where_N]
             summed, best_N = linear_cross_entropy(
-                self.blocks[k - 1](hidden_MD[learns_M]), base.lm_head_weight, target_N, bias_V=base.lm_head_bias
+                self.blocks[k - 1](hidden_MD[learns_M]),
+                base.lm_head_weight,
+                target_N,
+                bias_V=base.lm_head_bias,
+                softcap=base.lm_head_softcap,
             )
             total = total + self.config.decay**k * summed
             sums.append(summed.detach())

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, Level, LossOut, Needs, Proposal, State
 from draftsmith.errors import ConfigError
-from draftsmith.heads.blocks import DecoderLayer, as_head, project
+from draftsmith.heads.blocks import DecoderLayer, as_head, final_norm_weight, project
 from draftsmith.heads.drafting import fill
 from draftsmith.losses import SoftOut, feature_distance, linear_soft_cross_entropy
 from draftsmith.targets import Lessons, future_tokens, lessons
@@ -103,7 +103,7 @@ class Clover2(Head):
         super().__init__(config, spec)
         size = spec.hidden_size
         if size % spec.num_heads:
-            raise ConfigError(f"clover2: hidden size {size} does not divide into {spec.num_heads} attention heads")
+            raise ConfigError(f"hidden size {size} does not divide into {spec.num_heads} attention heads")
         self.advance = AttentionDecoder(spec)  # A_1
         self.layers = nn.ModuleList(DecoderLayer(spec) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(size, eps=spec.norm_eps)
@@ -136,10 +136,8 @@ class Clover2(Head):
             return
         for layer in self.layers:
             cast(DecoderLayer, layer).start_from(base.block_weights(self.spec.num_layers - 1))
-        # An RMS norm of equal numbers is its weight; of large ones, without a trace of its epsilon.
-        weight_D = base.final_norm(torch.full_like(base.lm_head_weight[0], 1024.0))
-        self.norm.weight.copy_(weight_D)
-        self.head_norm.weight.copy_(weight_D)
+        for norm in (self.norm, self.head_norm):
+            norm.weight.copy_(final_norm_weight(base))
 
     def own(self, x: Tensor) -> Tensor:
         """What the base left, in this head's precision."""
@@ -211,6 +209,7 @@ class Clover2(Head):
             biases=[base.lm_head_bias] * config.num_heads,
             factors=[config.label_weight * weight for weight in config.weights],
             top_k=config.teacher_top_k,
+            softcap=base.lm_head_softcap,
             measure=measure,
         )
         aways = [

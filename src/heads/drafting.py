@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.contracts import Level, TreeShape
+from draftsmith.errors import ConfigError
 
 Deeper = Callable[[Level, Tensor], Tensor | None]
 """(level, tokens_C of its nodes) -> logits [A, V] after those of its nodes that have children; None stops."""
@@ -26,6 +27,8 @@ def fill(
     Fewer than the shape has where `deeper` stopped: whole levels are left out, the deepest first. The last level
     is passed to `deeper` too; what it returns there is not used.
     """
+    if shape.width > len(logits_V):
+        raise ConfigError(f"decoding.paths: rank {shape.width - 1} of a head that drafts from {len(logits_V)} tokens")
     tokens_N = torch.full((len(shape.parents_N),), root, dtype=torch.long, device=logits_V.device)
     logits_AV: Tensor | None = logits_V[None]
     count = 1

@@ -49,7 +49,7 @@ class Eagle3Config:
     teacher_top_k: int | None = None  # null: the base's whole distribution
 
     def __post_init__(self) -> None:
-        if self.layers is not None and len(self.layers) != 3:
+        if self.layers is not None and (len(self.layers) != 3 or self.layers != sorted(self.layers)):
             raise ConfigError(f"layers={self.layers}: give three, low to high, or null")
         if self.depth < 1:
             raise ConfigError(f"depth={self.depth}: give at least 1")

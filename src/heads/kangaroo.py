@@ -13,6 +13,7 @@ the l blocks said of every drafted token goes on into the other blocks: no block
 Deviations. RoPE turns as in the base (the published code always uses 10000). The adapter reads accepted positions
 once more when their verdict is known, together with the new root, in one pass; the base's blocks do not.
 `start_from_base` (ours) begins with the attention of the last block that is read and with the base's final norm.
+A sliding window of the base's is not the adapter's.
 In a tree, drafting goes on below a level while any node with children was drafted with confidence.
 """
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, Level, LossOut, Needs, Proposal, State
 from draftsmith.errors import ConfigError
-from draftsmith.heads.blocks import Attention, as_head, project
+from draftsmith.heads.blocks import Attention, as_head, final_norm_weight, project
 from draftsmith.heads.drafting import Ancestors, fill
 from draftsmith.losses import linear_soft_cross_entropy
 from draftsmith.targets import future_tokens, lessons
@@ -84,6 +85,7 @@ class Kangaroo(Head):
         for name, p in self.named_parameters():
             if name in weights:
                 p.copy_(weights[name])
+        self.norm.weight.copy_(final_norm_weight(base))
 
     def adapt(
         self, hidden_BQD: Tensor, positions_BQ: Tensor, mask_BQS: Tensor | None = None, kv: KV | None = None
@@ -116,6 +118,7 @@ class Kangaroo(Head):
             taught.counted_KN,
             biases=[base.lm_head_bias],
             top_k=self.config.teacher_top_k,
+            softcap=base.lm_head_softcap,
             measure=measure,
         )
         metrics: dict[str, tuple[Tensor, Tensor]] = {}

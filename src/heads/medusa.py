@@ -97,6 +97,10 @@ class Medusa(Head):
         lm_head = cast(nn.Linear, self.lm_heads[k - 1])
         return lm_head.weight, lm_head.bias
 
+    def cap(self, base: BaseView) -> float | None:
+        """The soft cap of logits, the base's with its lm_head; a head's own has none."""
+        return base.lm_head_softcap if self.config.share_lm_head else None
+
     def hidden(self, k: int, final_ND: Tensor) -> Tensor:
         """h_k [N, D] of head k (1-based); the loss projects it in chunks, forward() whole."""
         blocks = cast(nn.Sequential, self.blocks[k - 1])
@@ -107,8 +111,9 @@ class Medusa(Head):
         logits = []
         for k in range(1, self.config.num_heads + 1):
             weight_VD, bias_V = self.projection(k, base)
-            hidden_ND = self.hidden(k, final_ND)
-            logits.append(nn.functional.linear(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V))
+            hidden_ND = self.hidden(k, final_ND).to(weight_VD.dtype)
+            shared = self.config.share_lm_head
+            logits.append(base.lm_head(hidden_ND) if shared else nn.functional.linear(hidden_ND, weight_VD, bias_V))
         return torch.stack(logits, 1)
 
     def loss(self, base: BaseView, seen: Capture, batch: Batch, *, measure: bool = True) -> LossOut:
@@ -126,7 +131,7 @@ class Medusa(Head):
             target_N = target_BT.reshape(-1)[where]
             hidden_ND = self.hidden(k, final_BTD.flatten(0, 1)[where])
             weight_VD, bias_V = self.projection(k, base)
-            summed, best_N = linear_cross_entropy(hidden_ND, weight_VD, target_N, bias_V=bias_V)
+            summed, best_N = linear_cross_entropy(hidden_ND, weight_VD, target_N, bias_V=bias_V, softcap=self.cap(base))
             total = total + weight * summed
             if measure:
                 right_N = best_N == target_N

@@ -68,12 +68,13 @@ class Medusa2(Medusa):
         heads = super().loss(base, seen, batch, measure=measure)
         taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, [0])
         own_ND = cast(Tensor, seen.final).flatten(0, 1)[taught.rows_N]
-        weight_VD, bias_V, share = base.lm_head_weight, base.lm_head_bias, self.config.label_share
+        weight_VD, bias_V, softcap = base.lm_head_weight, base.lm_head_bias, base.lm_head_softcap
+        share = self.config.label_share
         n = heads.count.new_tensor(len(taught.rows_N))
         total, metrics = heads.sum * self.config.coefficient(self.progress), dict(heads.metrics)
         first = total.new_zeros(())
         if share:
-            labelled, best_N = linear_cross_entropy(own_ND, weight_VD, taught.gold_N, bias_V=bias_V)
+            labelled, best_N = linear_cross_entropy(own_ND, weight_VD, taught.gold_N, bias_V=bias_V, softcap=softcap)
             first = first + share * labelled
         if share < 1:
             original_ND = cast(Tensor, seen.original).flatten(0, 1)[taught.rows_N]
@@ -83,6 +84,7 @@ class Medusa2(Medusa):
                 lambda start, stop: (base.lm_head(original_ND[start:stop]), None),
                 taught.counted_KN,
                 biases=[bias_V],
+                softcap=softcap,
                 measure=measure,
             )
             first = first + (1 - share) * out.sum

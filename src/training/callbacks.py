@@ -134,7 +134,8 @@ class Progress(L.Callback):
         parts = []
         for name, _ in module.each_head():
             m = {k.removeprefix(f"{kind}/{name}/"): v for k, v in measured.items()}
-            top1 = "/".join(f"{m[k]:.2f}" for k in sorted(m, key=len) if k.startswith("top1/"))
+            depths = sorted(int(k.removeprefix("top1/")) for k in m if k.startswith("top1/"))
+            top1 = "/".join(f"{m[f'top1/{k}']:.2f}" for k in depths if k)
             parts.append(f"{name} loss {m['loss']:.3f}")
             parts += [f"top-1 {top1}"] if top1 else []
             parts += [f"tokens/step ~{m['tokens_per_step']:.2f}"] if "tokens_per_step" in m else []

@@ -13,7 +13,7 @@ import torch
 
 from draftsmith import artifacts
 from draftsmith.contracts import BaseView, Batch, Head
-from draftsmith.errors import DataError, Interrupted, NumericsError
+from draftsmith.errors import ConfigError, DataError, Diverged, Interrupted
 from draftsmith.training import callbacks, checkpoint, strategy
 from draftsmith.training.module import TrainModule, rekeyed
 from draftsmith.training.settings import Settings
@@ -105,7 +105,10 @@ def new_head(
     """A head as it starts: random where it is random, from (seed, name) alone; the rest from the base and from how
     often each token is learned."""
     with rekeyed(seed, "initialisation", name):
-        head = kind(config, base.spec)
+        try:
+            head = kind(config, base.spec)
+        except ConfigError as e:
+            raise ConfigError(f"heads.{name}: {e}") from None
         head.initialise(base, counts_V)
     return head.to(base.lm_head_weight.device)
 
@@ -123,7 +126,7 @@ def rehearse(base: BaseView, heads: Mapping[str, Head], batch: Batch) -> None:
         seen = base.capture(head.needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
         out = head.loss(base, seen, batch)
         if not bool(torch.isfinite(out.sum)):
-            raise NumericsError(f"{name}: the first batch's loss is {out.sum.item()}; check base and rows")
+            raise Diverged(f"{name}: the first batch's loss is {out.sum.item()}; check base and rows")
         out.sum.backward()
         for part in (head, base.adapter):
             if part is not None:

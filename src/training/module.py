@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from draftsmith.artifacts import fingerprint
 from draftsmith.contracts import BaseView, Batch, Capture, Head, LossOut, Needs
-from draftsmith.errors import NumericsError
+from draftsmith.errors import Diverged
 from draftsmith.training import checkpoint, strategy
 from draftsmith.training.settings import Settings
 
@@ -58,7 +58,8 @@ class TrainModule(L.LightningModule):
         self.start = resume.step if resume else 0
         self.measured: dict[str, float] = {}
         self.validated: dict[str, float] = {}
-        self.adapter = base.adapter  # trained too, where there is one, and then by gradients through the base
+        adapter = base.adapter  # trained too where there is a new one; one that was loaded stays as it is
+        self.adapter = adapter if adapter and any(p.requires_grad for p in adapter.parameters()) else None
         self._sums: dict[str, Tensor] = {}
 
     def trained(self) -> dict[str, nn.Module]:
@@ -173,7 +174,7 @@ class TrainModule(L.LightningModule):
             norm = torch.nn.utils.clip_grad_norm_(group["params"], float("inf") if clip is None else clip)
             if not bool(norm.isfinite()):
                 step = self.start + self.trainer.global_step + 1  # as metrics.jsonl counts
-                raise NumericsError(
+                raise Diverged(
                     f"{group['name']}: gradient norm {float(norm)} in step {step}; weights are untouched and the last"
                     " checkpoint is good; lower optimizer.lr or look at the rows of that step"
                 )

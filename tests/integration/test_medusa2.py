@@ -50,6 +50,18 @@ def test_it_exports_head_and_adapter_and_keeps_base_and_adapters_tokens(stages: 
         api.load_head(head, base=api.load_base(micro / "base"))
 
 
+@pytest.mark.parametrize("exporter", ["native", "portable", "reference"])
+def test_every_export_takes_the_adapter_along(stages: Path, micro: Path, exporter: str) -> None:
+    code, told = call("export", "run_dir=two", f"exporter={exporter}", f"out={exporter}", cwd=stages)
+    assert code == 0, told
+    adapter = stages / exporter / "adapter"
+    want = stages / "two" / "heads" / "medusa2" / "adapter"
+    weights = "adapter_model.safetensors"
+    assert artifacts.file_sha256(adapter / weights) == artifacts.file_sha256(want / weights)
+    if exporter == "native":
+        api.load_head(stages / exporter, base=api.load_base(micro / "base", adapter=adapter))
+
+
 def test_stage_two_starts_from_stage_one(stages: Path, training: list[str]) -> None:
     """At a learning rate of next to nothing it ends with stage 1's heads, and the adapter is still none at all."""
     still = ["optimizer.lr=1e-12", "+optimizer.heads.base.lr=1e-12", "trainer.max_steps=1", "run_dir=still"]
@@ -62,6 +74,25 @@ def test_stage_two_starts_from_stage_one(stages: Path, training: list[str]) -> N
     assert all(torch.allclose(t, second[name], rtol=0, atol=1e-9) for name, t in first.items())
     begun = json.loads((stages / "still" / "metrics.jsonl").read_text())
     assert begun["train/medusa2/agreement/0"] > 0.999
+
+
+def test_a_head_of_other_sizes_is_no_start(stages: Path, training: list[str]) -> None:
+    start = ["start_from={medusa: one/heads/medusa}", "heads.medusa.num_heads=5", "trainer.max_steps=1"]
+    code, told = call("train", *training, *start, "run_dir=sizes", cwd=stages)
+    assert code == 2
+    assert "start_from.medusa: a Medusa with MedusaConfig(num_heads=3" in told
+
+
+def test_a_trained_adapter_stays_as_it_is_while_a_head_learns_on_it(stages: Path, training: list[str]) -> None:
+    adapter = stages / "two" / "heads" / "medusa2" / "adapter"
+    own = ["head=[medusa]", "base.adapter=two/heads/medusa2/adapter", "trainer.max_steps=2", "run_dir=on"]
+    code, told = call("train", *training, *own, cwd=stages)
+    assert code == 0, told
+    copy = stages / "on" / "heads" / "medusa" / "adapter" / "adapter_model.safetensors"
+    assert artifacts.file_sha256(copy) == artifacts.file_sha256(adapter / "adapter_model.safetensors")
+    assert not list((stages / "on" / "checkpoints").glob("*/base.safetensors"))
+    code, told = call("evaluate", f"run_dir={stages / 'on'}", *SHORT, cwd=stages.parent)  # from elsewhere
+    assert code == 0, told
 
 
 def test_resumed_it_ends_with_the_same_bytes(stages: Path, training: list[str]) -> None:
@@ -96,7 +127,10 @@ def remove(path: Path) -> None:
         (["head=[medusa]", LORA], "base.lora: medusa trains no adapter"),
         (["head=[medusa2,hydra]", LORA], "medusa2 trains an adapter of the base, so hydra cannot share"),
         (["+head@heads.base=medusa"], "heads.base: the name is the adapter's"),
-        (["start_from={hydra: x}"], r"start_from.hydra: no such head"),
+        (["start_from={hydra: x}"], "start_from.hydra: no such head"),
+        (["start_from=one"], "start_from=one: say which head"),
+        (["+optimizer.heads.base.lr=1"], "optimizer.heads.base: not trained here"),
+        (["head=[kangaroo]", "heads.kangaroo.exit_layer=9"], "heads.kangaroo: exit_layer=9: the base has 1"),
     ],
 )
 def test_what_cannot_be_trained_together_ends_with_exit_2(

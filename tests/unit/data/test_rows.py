@@ -198,5 +198,6 @@ def test_what_said_holds_is_json(folder: Path) -> None:
 
 def test_token_counts_are_those_of_the_learned_tokens() -> None:
     rows = Rows.of([Row("a", [1, 2, 2, 5], [0, 1, 1, 1]), Row("b", [2, 3], [0, 1]), Row("c", [2, 2, 4], [1, 0, 1])])
-    assert rows.token_counts(7).tolist() == [0, 0, 3, 1, 1, 1, 0]
-    assert rows.select(np.array([1])).token_counts(4).tolist() == [0, 0, 0, 1]
+    assert rows.token_counts(7, np.ones(3)).tolist() == [0, 0, 3, 1, 1, 1, 0]
+    assert rows.token_counts(7, np.array([1, 3, 0.5])).tolist() == [0, 0, 2.5, 3, 0.5, 1, 0]
+    assert rows.select(np.array([1])).token_counts(4, np.ones(1)).tolist() == [0, 0, 0, 1]

@@ -1,7 +1,8 @@
-"""Published key layouts, written down here by hand from the authors' code: names, shapes, and nothing else."""
+"""§11.36: published key layouts, written down here by hand from the authors' code: names, shapes, and nothing else."""
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,7 +167,8 @@ def test_published_weights_load_and_are_written_back_the_same(yaml: str, tmp_pat
     head = reference.load(tmp_path / "published.safetensors", kind, own, SPEC)
     values = sorted(float(t.double().sum()) for t in head.state_dict().values())
     assert values == sorted(float(t.double().sum()) for t in theirs.values())  # every tensor, each once
-    Reference(ReferenceConfig()).save(tmp_path / "again", head, None, name=yaml)  # type: ignore[arg-type]
+    plain: Any = SimpleNamespace(adapter=None)
+    Reference(ReferenceConfig()).save(tmp_path / "again", head, plain, name=yaml)
     back = load_file(tmp_path / "again" / "model.safetensors")
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[k], t) for k, t in theirs.items())

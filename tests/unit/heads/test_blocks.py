@@ -60,14 +60,32 @@ def test_a_mask_says_who_sees_whom(tiny_base) -> None:
     torch.testing.assert_close(attention(x, positions, mask), apart)
 
 
+@pytest.mark.parametrize("kind", ["llama3", "linear", "yarn"])
+def test_scaled_rope_is_the_bases_too(tiny_base, kind: str) -> None:
+    """Llama 3.1 and others stretch their rotations; a copied block must turn as they do."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 8.0}
+    if kind == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    base = tiny_base.__wrapped__(rope_parameters=rope)
+    layer = DecoderLayer(base.spec)
+    layer.start_from(base.block_weights(1))
+    x_BTD = torch.randn(1, 60, base.spec.hidden_size, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(60)[None]
+    want = base.run_layers(x_BTD, 1, 2, positions_BQ=positions)
+    torch.testing.assert_close(layer(x_BTD, positions), want, rtol=1e-5, atol=1e-5)
+    plain = DecoderLayer(tiny_base().spec)
+    plain.start_from(base.block_weights(1))
+    assert (plain(x_BTD, positions) - want).abs().max() > 1e-3
+
+
 def test_rotation_is_relative_and_keeps_lengths() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
     at = torch.tensor([[5]])
-    score = (rotate(q, at + 3, 1e4) * rotate(k, at, 1e4)).sum()
-    torch.testing.assert_close((rotate(q, at + 90, 1e4) * rotate(k, at + 87, 1e4)).sum(), score)
-    assert abs(float((rotate(q, at + 91, 1e4) * rotate(k, at + 87, 1e4)).sum() - score)) > 1e-3
-    torch.testing.assert_close(rotate(q, at, 1e4).norm(), q.norm())
+    score = (rotate(q, at + 3) * rotate(k, at)).sum()
+    torch.testing.assert_close((rotate(q, at + 90) * rotate(k, at + 87)).sum(), score)
+    assert abs(float((rotate(q, at + 91) * rotate(k, at + 87)).sum() - score)) > 1e-3
+    torch.testing.assert_close(rotate(q, at).norm(), q.norm())
 
 
 def test_a_block_runs_under_autocast_and_in_bf16(tiny_base) -> None:

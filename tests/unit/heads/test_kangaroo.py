@@ -42,7 +42,7 @@ def slow_logits(head: Kangaroo, base: Any, text: list[int]) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + head.spec.norm_eps).sqrt() * w
 
     size, half = head.spec.head_dim, head.spec.head_dim // 2
-    turn = head.spec.rope_theta ** -(torch.arange(half).double() / half)
+    turn = torch.tensor(head.spec.rope_frequencies, dtype=torch.float64)
 
     def rotated(x: Tensor, t: int) -> Tensor:
         a, b = x[..., :half], x[..., half:]
@@ -222,6 +222,7 @@ def test_it_may_start_from_the_bases_attention(deep: Any) -> None:
     head = head_of(deep, exit_layer=2, start_from_base=True)
     want = deep.block_weights(1)
     assert all(torch.equal(p, want[name]) for name, p in head.named_parameters() if name != "norm.weight")
+    torch.testing.assert_close(head.norm.weight, deep._norm.weight)
     plain = head_of(deep, exit_layer=2)
     assert not torch.equal(plain.self_attn.q_proj.weight, want["self_attn.q_proj.weight"])
     assert torch.equal(plain.norm.weight, torch.ones(32))

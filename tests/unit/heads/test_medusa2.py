@@ -86,6 +86,18 @@ def test_the_loss_is_the_papers(adapted: BaseLM, make_batch: MakeBatch, share: f
     assert int(out.count) == int(heads.count)
 
 
+def test_a_soft_capped_base_teaches_its_capped_distribution(tiny_base: Any, make_batch: MakeBatch) -> None:
+    """Where the adapter is none at all yet, L_0 is at its floor, and its gradient zero."""
+    base = tiny_base.__wrapped__("gemma2")
+    new_adapter(base, LoraConfig(rank=3, dropout=0.0), 0)
+    head: Any = new_head(Medusa2, Medusa2Config(heads_coefficient=0.0), "medusa2", base, 0)
+    batch = make_batch()
+    out = head.loss(base, see(base, head, batch), batch)
+    out.sum.backward()
+    assert out.sum.item() == pytest.approx(out.metrics["floor"][0].item(), rel=1e-5)
+    assert max(float(p.grad.abs().max()) for p in base.adapter.parameters()) < 1e-3
+
+
 def test_gradients_flow_through_the_base_into_its_adapter(adapted: BaseLM, make_batch: MakeBatch) -> None:
     """By the heads' part alone too: without L_0's share the adapter still learns what helps the heads."""
     head: Any = new_head(Medusa2, Medusa2Config(label_share=1.0), "medusa2", adapted, 0)
