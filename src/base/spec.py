@@ -92,7 +92,7 @@ def _rope(model: Any, paths: Paths) -> dict[str, Any]:
         rotary = type(part(model, paths.rotary))(config=model.config)
     return {
         "rope_theta": float((getattr(model.config, "rope_parameters", None) or {}).get("rope_theta", 10000.0)),
-        "rope_frequencies": tuple(rotary.inv_freq.tolist()),
+        "rope_frequencies": rotary.inv_freq.tolist(),
         "rope_scale": float(rotary.attention_scaling),
     }
 
