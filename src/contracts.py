@@ -54,7 +54,7 @@ class BaseSpec:
     lm_head_bias: bool = False
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0  # only told: rope_frequencies says how keys turn
-    rope_frequencies: list[float] = field(default_factory=list)  # head_dim / 2 radians per position; [] = 10000^(-2i / head_dim)
+    rope_frequencies: list[float] = field(default_factory=list)  # radians per position; [] = 10000^(-2i / head_dim)
     rope_scale: float = 1.0  # of rotated queries and keys
     llama_blocks: bool = False  # its blocks are Llama's, so that a head may start from a copy of one
     qkv_bias: bool = False
