@@ -20,7 +20,12 @@ from draftsmith.decoding import verify
 from draftsmith.decoding.drafters.prompt_lookup import PromptLookup, PromptLookupConfig
 from draftsmith.decoding.engine import generate
 from draftsmith.decoding.referee import BaselinesConfig, DecodingConfig, Referee
+from draftsmith.heads.clover2 import Clover2
+from draftsmith.heads.eagle3 import Eagle3
+from draftsmith.heads.hydra import Hydra
+from draftsmith.heads.kangaroo import Kangaroo
 from draftsmith.heads.medusa import Medusa, MedusaConfig
+from draftsmith.training.fit import new_head
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gemma2", "gpt_neox", "opt"]
 TREE = [[0], [1], [2], [3], [0, 0], [0, 1], [0, 2], [1, 0], [2, 0], [0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0]]
@@ -82,8 +87,12 @@ def base(request: pytest.FixtureRequest, tiny_base: Any) -> BaseLM:
     return tiny_base(request.param)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])  # plain, windowed, windowed and capped
 @pytest.mark.parametrize("paths", [None, TREE], ids=["chain", "tree"])
-def test_every_family_whatever_the_heads_weights(base: BaseLM, paths: Any, heads: Any, rescorer: Any) -> None:
+def test_the_referee_whatever_the_heads_weights(
+    family: str, paths: Any, tiny_base: Any, heads: Any, rescorer: Any
+) -> None:
+    base = tiny_base(family)
     before = base.weights_sha256()
     found = referee(base, rescorer(base), paths).evaluate(heads(base), PROMPTS)
     nothing_else = {"prompts": 3, "tokens": 3 * COUNT, "mismatches": 0, "near_ties": 0, "ok": True}
@@ -107,6 +116,27 @@ def test_every_family_by_plain_equality(base: BaseLM, paths: Any, heads: Any, ex
     for head in heads(base).values():
         shape = decoding.shape(head.max_depth)
         assert [generate(base, p, drafter=head, shape=shape, max_new_tokens=COUNT).tokens for p in PROMPTS] == answers
+
+
+@pytest.mark.parametrize("kind", [Kangaroo, Eagle3, Clover2, Hydra])
+def test_every_family_with_heads_that_keep_keys_of_their_own(base: BaseLM, kind: Any, expected: Any) -> None:
+    config = kind.Config(**({"prefix_layer": True} if kind is Hydra else {}))
+    head: Any = new_head(kind, config, "head", base, 0).eval()
+    shape = DecodingConfig(paths=TREE[:9]).shape(head.max_depth)
+    out = generate(base, PROMPTS[1], drafter=head, shape=shape, max_new_tokens=COUNT)
+    assert out.tokens == expected(base)[1]
+
+
+@pytest.mark.parametrize("kind", [Kangaroo, Eagle3, Clover2, Hydra])
+def test_a_text_that_outgrows_the_first_slots(kind: Any, tiny_base: Any) -> None:
+    """K/V are made for 256 tokens and double; here within a step, with a tree, before the base's last position."""
+    base = tiny_base(max_position_embeddings=290)
+    config = kind.Config(**({"prefix_layer": True} if kind is Hydra else {}))
+    head: Any = new_head(kind, config, "head", base, 0).eval()
+    prompt = torch.randint(0, 60, (246,), generator=torch.Generator().manual_seed(0)).tolist()
+    out = generate(base, prompt, drafter=head, shape=DecodingConfig(paths=TREE[:9]).shape(3), max_new_tokens=60)
+    assert out.finish == "positions"
+    assert out.tokens == generate(base, prompt, max_new_tokens=60).tokens
 
 
 def test_the_first_end_of_text_ends_all_of_them_alike(base: BaseLM, heads: Any, expected: Any) -> None:
