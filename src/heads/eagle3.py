@@ -17,13 +17,13 @@ A slot whose base prefers a token outside the draft vocabulary teaches nothing; 
 
 Deviations. The count is that of the first step's targets, not all positions. Attention has no biases and turns as
 the base's. Bases of fewer than eight layers are tapped after the first, the middle and the last but one, since the
-published 2, L/2 and L-3 would coincide. `start_from_base` (ours) copies the lm_head's rows and lets fc begin as
-the high tap alone; published: random.
+published 2, L/2 and L-3 would coincide. `start_from_base` (ours; published: random) begins with the base's lm_head,
+final norm and the block above the high tap, deaf to the token: from the last but one block up, the base's own logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, Level, LossOut, Needs, Proposal, State
 from draftsmith.errors import ConfigError
-from draftsmith.heads.blocks import MLP, Attention, as_head
+from draftsmith.heads.blocks import MLP, Attention, as_head, final_norm_weight
 from draftsmith.heads.drafting import Ancestors, fill
 from draftsmith.losses import linear_soft_cross_entropy
 from draftsmith.targets import Lessons, future_tokens, lessons
@@ -72,6 +72,16 @@ class MidLayer(nn.Module):
         self.self_attn = Attention(replace(spec, qkv_bias=False, qk_norm=False), 2 * size)
         self.post_attention_layernorm = nn.RMSNorm(size, eps=spec.norm_eps)
         self.mlp = MLP(spec)
+
+    @torch.no_grad()
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Becomes a copy of a base's block on the feature, deaf to the token. (Biases and head norms that the base may
+        have, it has not.)"""
+        for name, p in self.named_parameters():
+            if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
+                p.copy_(torch.cat([torch.zeros_like(weights[name]), weights[name]], 1))
+            else:
+                p.copy_(weights["input_layernorm.weight" if name == "hidden_norm.weight" else name])
 
     def forward(self, embedded: Tensor, feature: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """[B, Q, D] each; attend: the attention over whatever this forward may see."""
@@ -123,9 +133,12 @@ class Eagle3(Head):
         cast(Tensor, self.d2t).copy_(ids_V - torch.arange(len(ids_V), device=ids_V.device))
         cast(Tensor, self.t2d).zero_()[ids_V] = True
         if self.config.start_from_base:
-            size = self.spec.hidden_size
-            self.lm_head.weight.copy_(base.lm_head_weight[ids_V.to(base.lm_head_weight.device)])
+            size, weights = self.spec.hidden_size, base.lm_head_weight[ids_V.to(base.lm_head_weight.device)]
+            self.lm_head.weight.copy_(weights)
             self.fc.weight.copy_(torch.cat([torch.zeros(size, 2 * size), torch.eye(size)], 1))
+            if self.spec.llama_blocks:
+                self.norm.weight.copy_(final_norm_weight(base))
+                self.midlayer.start_from(base.block_weights(min(self.layers[2], self.spec.num_layers - 1)))
 
     def fuse(self, seen: Capture) -> Tensor:
         """g [B, T, D] of the three taps."""
