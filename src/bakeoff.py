@@ -149,6 +149,7 @@ class Contest:
         from draftsmith.decoding.referee import BaselinesConfig
 
         kept = [r for r in runs if r["chosen"] and not r["failed"]]
+        prepare.say(f"\ndecoding {len(self.ids['prompts'])} prompts with every head, {settings.repeats} times each")
         heads = {r["head"]: self.head(r) for r in kept if r["seed"] == self.own.seeds[0]}
         found = evaluate.judged(self.base, heads, self.ids["prompts"], self.decoding, BaselinesConfig(), settings)
         others: dict[str, list[float]] = {name: [] for name in heads}

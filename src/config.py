@@ -16,7 +16,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -131,10 +131,13 @@ def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
     """A verb's configuration as its command line would compose it, inside a running verb or outside."""
     import hydra
 
-    if GlobalHydra.instance().is_initialized():
-        return hydra.compose(verb, list(overrides))
-    with hydra.initialize_config_module("draftsmith.conf", version_base=None):
-        return hydra.compose(verb, list(overrides))
+    try:
+        if GlobalHydra.instance().is_initialized():
+            return hydra.compose(verb, list(overrides))
+        with hydra.initialize_config_module("draftsmith.conf", version_base=None):
+            return hydra.compose(verb, list(overrides))
+    except MissingConfigException as e:
+        raise ConfigError(_explain(e, verb)) from None
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -229,9 +232,10 @@ def _refuse_unknown(cfg: DictConfig, verb: str) -> None:
 
 def _explain(e: Exception, verb: str) -> str:
     """Hydra's message as one line that names the nearest valid spelling."""
-    if isinstance(e, MissingConfigException) and e.options is not None:
+    if isinstance(e, MissingConfigException) and e.missing_cfg_file:
         group, _, name = str(e.missing_cfg_file).rpartition("/")
-        return f"{group}: no such choice '{name}'{_nearest(name, e.options)}; there are {', '.join(e.options)}"
+        options = e.options or _choices(group)  # of a list, as head=[…], Hydra does not tell them
+        return f"{group}: no such choice '{name}'{_nearest(name, options)}; there are {', '.join(options)}"
     if isinstance(e, MissingMandatoryValue):
         return f"{e.full_key}: must be given, as {e.full_key}=…"
     text = _first_line(e)
@@ -241,6 +245,11 @@ def _explain(e: Exception, verb: str) -> str:
         known = {".".join(k.split(".")[: i + 1]) for k in leaves for i in range(k.count(".") + 1)}
         return f"{missing}: no such key{_nearest(str(missing), sorted(known))}"
     return text
+
+
+def _choices(group: str) -> list[str]:
+    folder = resources.files("draftsmith.conf").joinpath(*group.split("/"))
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
 def _first_line(e: Exception) -> str:

@@ -78,7 +78,6 @@ def _run(
 
     import torch
 
-    from draftsmith.exporters import native
     from draftsmith.training.fit import new_adapter, new_head
 
     if settings.trainer.threads:  # before the base writes rows: two threads on one busy core are far slower
@@ -93,7 +92,9 @@ def _run(
     counts_V = torch.from_numpy(counts)
     heads = {name: new_head(kind, own, name, base, cfg.seed, counts_V) for name, (kind, own) in chosen.items()}
     for name, folder in (cfg.start_from or {}).items():
-        start(name, heads[name], native.load(folder, base.spec, device=base.device))
+        start(name, heads[name], Path(folder), base)
+    if base_config.lora is not None and not cfg.start_from:
+        prepare.say("note: the adapter learns beside heads that know nothing yet; start_from names trained ones")
     ties = {"base": " ".join([before, base.spec.adapter_sha256]).strip(), "rows": chosen_rows.training.sha256()}
     _fit(base, heads, chosen_rows, data, run_dir, cfg.seed, settings, ties)
     if base.weights_sha256() != before:
@@ -167,13 +168,21 @@ def check_groups(given: Iterable[str], trained: Sequence[str]) -> None:
             raise ConfigError(f"optimizer.heads.{name}: not trained here; there are {', '.join(trained)}")
 
 
-def start(name: str, head: Head, trained: Head) -> None:
+def start(name: str, head: Head, folder: Path, base: BaseLM) -> None:
     """Gives the head another's weights; ConfigError where they are of other sizes."""
+    from draftsmith.exporters import native
+
+    if (folder / "heads").is_dir():
+        raise ConfigError(f"start_from.{name}: {folder} is a run; name one of its heads, as {folder}/heads/{name}")
+    try:
+        trained = native.load(folder, base.spec, device=base.device)
+    except DataError as e:
+        raise DataError(f"start_from.{name}: {e}") from None
     own, theirs = ({k: tuple(t.shape) for k, t in h.state_dict().items()} for h in (head, trained))
     if own != theirs:
         raise ConfigError(
             f"start_from.{name}: a {type(trained).__name__} with {trained.config}, this one is a {type(head).__name__}"
-            f" with {head.config}; give it the same sizes"
+            f" with {head.config}; give one of the same kind and sizes"
         )
     head.load_state_dict(trained.state_dict())
 

@@ -52,11 +52,17 @@ class Adapter(nn.Module):
         artifacts.write_json(folder / SETTINGS, {**told, "inference_mode": True})
 
 
+def _peft() -> Any:
+    try:
+        import peft
+    except ModuleNotFoundError:
+        raise ConfigError("base.lora, base.adapter: an adapter needs peft; pip install 'draftsmith[lora]'") from None
+    return peft
+
+
 def inject(model: nn.Module, config: LoraConfig) -> Adapter:
     """Puts a new adapter into the model, in place: it starts as none at all (B = 0)."""
-    import peft
-
-    settings = peft.LoraConfig(
+    settings = _peft().LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets)
     )
     return _inject(model, settings)
@@ -64,12 +70,11 @@ def inject(model: nn.Module, config: LoraConfig) -> Adapter:
 
 def load(model: nn.Module, folder: Path) -> Adapter:
     """Puts a saved adapter into the model, in place; DataError where its tensors are not the model's."""
-    import peft
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        settings = peft.LoraConfig.from_pretrained(str(folder))
+        settings = _peft().LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, TypeError, SafetensorError) as e:
         raise DataError(f"{folder}: not a LoRA adapter in peft's format: {' '.join(str(e).split())}") from None
@@ -85,10 +90,8 @@ def load(model: nn.Module, folder: Path) -> Adapter:
 
 
 def _inject(model: nn.Module, settings: Any) -> Adapter:
-    import peft
-
     try:
-        peft.inject_adapter_in_model(settings, cast(Any, model))
+        _peft().inject_adapter_in_model(settings, cast(Any, model))
     except ValueError as e:
         raise ConfigError(f"base.lora.targets: {' '.join(str(e).split())}") from None
     for layer in _layers(model):

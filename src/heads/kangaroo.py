@@ -60,7 +60,9 @@ class Kangaroo(Head):
         super().__init__(config, spec)
         self.exit_layer = config.exit_layer or -(-spec.num_layers // 16)
         if self.exit_layer > spec.num_layers:
-            raise ConfigError(f"exit_layer={self.exit_layer}: the base has {spec.num_layers} layers; exit below them")
+            raise ConfigError(
+                f"exit_layer={self.exit_layer}: the base has {spec.num_layers} layers; exit after one of them"
+            )
         self.input_layernorm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
         self.self_attn = Attention(spec)
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)

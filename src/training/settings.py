@@ -54,6 +54,11 @@ class OptimizerConfig:
     heads: dict[str, Any] = field(default_factory=dict)  # <head>: {lr, weight_decay, clip} where it differs
 
     def __post_init__(self) -> None:
+        for where, own in (("", vars(self)), *((f"heads.{name}.", own) for name, own in self.heads.items())):
+            for key, least in (("lr", "positive"), ("weight_decay", "0 or positive"), ("clip", "positive")):
+                value = own.get(key)
+                if value is not None and (value < 0 or (least == "positive" and not value)):
+                    raise ConfigError(f"{where}{key}={value}: give a {least} number")
         for name, own in self.heads.items():
             unknown = set(own) - {"lr", "weight_decay", "clip"}
             if unknown:

@@ -81,6 +81,10 @@ def test_a_head_of_other_sizes_is_no_start(stages: Path, training: list[str]) ->
     code, told = call("train", *training, *start, "run_dir=sizes", cwd=stages)
     assert code == 2
     assert "start_from.medusa: a Medusa with MedusaConfig(num_heads=3" in told
+    code, told = call(
+        "train", *training, "start_from={medusa: one}", "run_dir=sizes", "trainer.max_steps=1", cwd=stages
+    )
+    assert (code, "one is a run; name one of its heads, as one/heads/medusa" in told) == (2, True)
 
 
 def test_a_trained_adapter_stays_as_it_is_while_a_head_learns_on_it(stages: Path, training: list[str]) -> None:
@@ -129,6 +133,8 @@ def remove(path: Path) -> None:
         (["+head@heads.base=medusa"], "heads.base: the name is the adapter's"),
         (["start_from={hydra: x}"], "start_from.hydra: no such head"),
         (["start_from=one"], "start_from=one: say which head"),
+        (["head=[medusaa]"], "head: no such choice 'medusaa'; did you mean 'medusa'?"),
+        (["optimizer.lr=-1"], "optimizer: lr=-1.0: give a positive number"),
         (["+optimizer.heads.base.lr=1"], "optimizer.heads.base: not trained here"),
         (["head=[kangaroo]", "heads.kangaroo.exit_layer=9"], "heads.kangaroo: exit_layer=9: the base has 1"),
     ],
