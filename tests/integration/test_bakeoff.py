@@ -76,3 +76,14 @@ def test_batches_that_cannot_be(override: str, says: str, tmp_path: Path) -> Non
         code, output = call(verb, override, "run_dir=out", cwd=tmp_path)
         assert code == 2
         assert says in output
+
+
+def test_training_may_end_with_the_evaluation(training: list[str], tmp_path: Path) -> None:
+    asked = "evaluate=['prompts.synthetic=2','decoding.max_new_tokens=8','repeats=1']"
+    told = [*training, "head=[medusa,kangaroo]", "trainer.max_steps=2", asked, "run_dir=out"]
+    for output in (call("train", *told, cwd=tmp_path), call("train", *told, cwd=tmp_path)):  # complete: judged again
+        assert output[0] == 0, output[1]
+        assert "kangaroo: 16 tokens of 2 prompts" in output[1]
+    heads = json.loads((tmp_path / "out" / "evaluation.json").read_text())["heads"]
+    assert heads.keys() == {"medusa", "kangaroo"}
+    assert all(h["lossless"]["ok"] for h in heads.values())
