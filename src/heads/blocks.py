@@ -129,11 +129,10 @@ def rotate(x_BHQd: Tensor, positions_BQ: Tensor, frequencies: Sequence[float] = 
     return x_BHQd * cos + torch.cat([-two, one], -1) * sin
 
 
-def as_head(x: Tensor, parameter: Tensor) -> Tensor:
+def as_head(x: Tensor, head: nn.Module) -> Tensor:
     """What the base left, in the head's precision: fp32 heads may stand on a bf16 base. Autocast sees to itself."""
-    if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
-        return x.to(parameter.dtype)
-    return x
+    dtype = next(head.parameters()).dtype
+    return x if x.dtype == dtype or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
 
 def project(base: BaseView, hidden: Tensor) -> Tensor:

@@ -125,10 +125,6 @@ class Clover(Head):
         for part in (*self.connections, *self.blocks):
             cast("Connection | ResBlock", part).reset()
 
-    def own(self, x: Tensor) -> Tensor:
-        """What the base left, in this head's precision."""
-        return as_head(x, cast(ResBlock, self.blocks[0]).linear.weight)
-
     def context(
         self,
         base: BaseView,
@@ -139,12 +135,12 @@ class Clover(Head):
     ) -> Tensor:
         """h_0 [B, Q, D]."""
         if self.layer is not None:
-            hidden_BQD = self.layer(self.own(hidden_BQD), positions_BQ, mask_BQS, kv)
-        return self.own(base.final_norm(hidden_BQD.to(base.lm_head_weight.dtype)))
+            hidden_BQD = self.layer(as_head(hidden_BQD, self), positions_BQ, mask_BQS, kv)
+        return as_head(base.final_norm(hidden_BQD.to(base.lm_head_weight.dtype)), self)
 
     def connect(self, base: BaseView, k: int, hidden: Tensor, tokens: Tensor) -> Tensor:
         """h_k of head k (1-based), from what the heads before it left and the newest token."""
-        rows = F.normalize(self.own(base.lm_head_weight[tokens]), dim=-1)
+        rows = F.normalize(as_head(base.lm_head_weight[tokens], self), dim=-1)
         return cast(Connection, self.connections[k - 1])(hidden, rows)
 
     def forward(self, base: BaseView, k: int, hidden_BAD: Tensor, tokens_BA: Tensor) -> tuple[Tensor, Tensor]:

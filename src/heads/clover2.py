@@ -139,13 +139,9 @@ class Clover2(Head):
         for norm in (self.norm, self.head_norm):
             norm.weight.copy_(final_norm_weight(base))
 
-    def own(self, x: Tensor) -> Tensor:
-        """What the base left, in this head's precision."""
-        return as_head(x, self.first.weight)
-
     def rows(self, base: BaseView, tokens: Tensor) -> Tensor:
         """e(x)."""
-        return self.own(base.lm_head_weight[tokens])
+        return as_head(base.lm_head_weight[tokens], self)
 
     def read(
         self,
@@ -157,7 +153,7 @@ class Clover2(Head):
         kv: KV | None = None,
     ) -> Tensor:
         """g_0 [B, Q, D]; next: the token after each position."""
-        x_BQD = self.advance(self.own(hidden_BQD), self.rows(base, next_BQ))
+        x_BQD = self.advance(as_head(hidden_BQD, self), self.rows(base, next_BQ))
         for i, layer in enumerate(self.layers):
             x_BQD = layer(x_BQD, positions_BQ, mask_BQS, kv, i)
         return self.norm(x_BQD)

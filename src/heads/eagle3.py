@@ -142,11 +142,11 @@ class Eagle3(Head):
 
     def fuse(self, seen: Capture) -> Tensor:
         """g [B, T, D] of the three taps."""
-        taps = [as_head(seen.hidden[layer], self.fc.weight) for layer in self.layers]
+        taps = [as_head(seen.hidden[layer], self) for layer in self.layers]
         return self.fc(torch.cat(taps, -1))
 
     def embed(self, base: BaseView, tokens_BQ: Tensor) -> Tensor:
-        return as_head(base.embed(tokens_BQ), self.fc.weight)
+        return as_head(base.embed(tokens_BQ), self)
 
     def forward(
         self,

@@ -144,10 +144,6 @@ class Hydra(Head):
             if base.lm_head_bias is not None:
                 lm_head.bias.copy_(base.lm_head_bias)
 
-    def as_own(self, x: Tensor) -> Tensor:
-        """What the base left, in this head's precision."""
-        return as_head(x, cast(nn.Linear, self.lm_heads[0]).weight)
-
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
 
@@ -165,7 +161,7 @@ class Hydra(Head):
 
     def inputs(self, base: BaseView, final_BTD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(context, E) [B, T, D] at every position of a batch, with noise while training."""
-        context_BTD, embedded_BTD = self.as_own(final_BTD), self.as_own(base.embed(batch.tokens_BT))
+        context_BTD, embedded_BTD = as_head(final_BTD, self), as_head(base.embed(batch.tokens_BT), self)
         noise_BTD = self.noise(embedded_BTD, batch.documents_BT) if self.training and self.config.noise_alpha else None
         if self.prefix is not None:
             context_BTD = self.prefix(context_BTD, batch.positions_BT, batch.visible())
@@ -265,7 +261,7 @@ class Hydra(Head):
 
     def context(self, base: BaseView, state: State) -> Tensor:
         """[B, D] at the last accepted position; the prefix layer reads all that are new, and keeps their K/V."""
-        final_BAD = self.as_own(cast(Tensor, state.seen.final))
+        final_BAD = as_head(cast(Tensor, state.seen.final), self)
         if self.prefix is not None:
             if state.head_kv is None:
                 state.head_kv = base.new_kv(1)
@@ -277,7 +273,7 @@ class Hydra(Head):
         """Level by level: head k reads the k tokens from the root to each node that has children."""
         context_BD = self.context(base, state)
         root_11 = torch.tensor([[state.root]], device=context_BD.device)
-        drafted_AkD = self.as_own(base.embed(root_11))
+        drafted_AkD = as_head(base.embed(root_11), self)
 
         def expand() -> Tensor:
             rows, nodes = len(context_BD), len(drafted_AkD)
@@ -288,7 +284,7 @@ class Hydra(Head):
             at_A = level.expanded_A
             if not len(at_A):
                 return None
-            newest_A1D = self.as_own(base.embed(tokens_C[at_A, None]))
+            newest_A1D = as_head(base.embed(tokens_C[at_A, None]), self)
             drafted_AkD = torch.cat([drafted_AkD[level.of_C[at_A]], newest_A1D], 1)
             return expand()
 

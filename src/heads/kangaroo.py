@@ -93,7 +93,7 @@ class Kangaroo(Head):
         self, hidden_BQD: Tensor, positions_BQ: Tensor, mask_BQS: Tensor | None = None, kv: KV | None = None
     ) -> Tensor:
         """The adapter's output [B, Q, D], what the lm_head reads."""
-        hidden_BQD = as_head(hidden_BQD, self.norm.weight)
+        hidden_BQD = as_head(hidden_BQD, self)
         return self.norm(hidden_BQD + self.self_attn(self.input_layernorm(hidden_BQD), positions_BQ, mask_BQS, kv))
 
     def forward(

@@ -104,7 +104,7 @@ class Medusa(Head):
     def hidden(self, k: int, final_ND: Tensor) -> Tensor:
         """h_k [N, D] of head k (1-based); the loss projects it in chunks, forward() whole."""
         blocks = cast(nn.Sequential, self.blocks[k - 1])
-        return blocks(as_head(final_ND, cast(ResBlock, blocks[0]).linear.weight))
+        return blocks(as_head(final_ND, blocks))
 
     def forward(self, base: BaseView, final_ND: Tensor) -> Tensor:
         """logits_NKV of every head at every given position."""
