@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 from draftsmith import config
 from draftsmith.base import lm
 from draftsmith.base.lm import BaseLM
-from draftsmith.contracts import Drafter, Head
+from draftsmith.contracts import Head
 from draftsmith.decoding.engine import Generation
 from draftsmith.decoding.engine import generate as decode
 from draftsmith.decoding.tree import TreeConfig
 from draftsmith.errors import ConfigError
 from draftsmith.exporters import native, reference
+from draftsmith.roles import Drafter
 
 if TYPE_CHECKING:
     from torch import Tensor

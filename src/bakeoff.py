@@ -25,9 +25,9 @@ from draftsmith.training.settings import Settings
 
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM
-    from draftsmith.contracts import Drafter
     from draftsmith.decoding.referee import DecodingConfig
     from draftsmith.evaluate import EvaluateConfig
+    from draftsmith.roles import Drafter
 
 Run = dict[str, Any]
 """head, lr, seed, steps; cpu_seconds it took, loading included; tokens_per_step on the selection prompts; failed: why

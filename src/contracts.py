@@ -4,6 +4,9 @@ Glossary
     base        the frozen causal language model
     head        any trained auxiliary module of ours
     drafter     the role of proposing tokens, played by a head or by a training-free method
+    gate        the role of deciding how far to draft
+    primer      the role of writing the prompt's K/V in the base's place
+    companion   a second, smaller language model with the base's tokenizer
     capture     what one forward of the base leaves for heads: hidden states, logits
     row         one conversation on disk: token ids, loss mask, provenance
     proposal    the drafted tree of tokens; its node 0 is the root
@@ -26,7 +29,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -125,6 +127,10 @@ class KV(Protocol):
         """An independent copy."""
         ...
 
+    def place(self, positions_BQ: Tensor, layer_idx: int) -> Tensor:
+        """Before an `update` from outside a forward: where the slots to come stand; returns those of all slots."""
+        ...
+
     def keep(self, start: int, path_A: Tensor) -> None:
         """Of the slots from `start` on keep start + path_A (ascending), moved up to `start`, no others."""
         ...
@@ -209,7 +215,8 @@ class Batch:
     """One micro-batch of packed rows. Documents never see each other.
 
     tokens_BT, positions_BT (restarting in each document), documents_BT (>= 0; -1 is padding),
-    mask_BT (True = this token is one that training learns to predict).
+    mask_BT (True = this token is one that training learns to predict). labels_BT: a number per token, NaN where it has
+    none; only rows that draftsmith label wrote have them.
     counts_K[k]: how many counted targets x_{t+k} lie in the same document as t, summed over the *whole
     global step* (all ranks, all micro-batches): the normaliser that makes accumulation exact.
     """
@@ -219,6 +226,7 @@ class Batch:
     documents_BT: Tensor
     mask_BT: Tensor
     counts_K: Tensor
+    labels_BT: Tensor | None = None
 
     def visible(self) -> Tensor:
         """mask_BTT: what each position may attend to: its own document, up to itself. (Padding sees padding,
@@ -228,7 +236,7 @@ class Batch:
         return same_BTT.tril()
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{k: v.to(device, non_blocking=True) for k, v in vars(self).items()})
+        return Batch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()})
 
 
 @dataclass
@@ -242,119 +250,19 @@ class LossOut:
     metrics: dict[str, tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class Level:
-    """The nodes of one depth, C of them, and who is above them; what a drafter needs that fills a tree downwards.
-
-    nodes: their place in the tree. above_C: each one's parent, counted within the level above; of_C: counted among
-    those of the level above that have children. expanded_A: which of these nodes have children themselves, counted
-    within this level. ranks_C: as in TreeShape.
-    """
-
-    nodes: slice
-    above_C: Tensor
-    of_C: Tensor
-    expanded_A: Tensor
-    ranks_C: Tensor
-
-
-@dataclass(frozen=True)
-class TreeShape:
-    """The static shape of a proposal. Node 0 is the root; a parent stands before its children.
-
-    parents_N (-1 for the root), depths_N (0 for the root), ranks_N: node n takes the ranks_N[n]-th best
-    token (0 = best) of its depth; the root's rank is 0 and unused.
-    """
-
-    parents_N: Tensor
-    depths_N: Tensor
-    ranks_N: Tensor
-
-    @cached_property
-    def depth(self) -> int:
-        return int(self.depths_N.max())
-
-    @cached_property
-    def levels(self) -> list[Level]:
-        """Its depths 1, 2, … in order. Nodes of equal depth must stand together, as `decoding.tree` makes them."""
-        parents, device = self.parents_N.tolist(), self.parents_N.device
-        depths = self.depths_N.tolist()
-        has_children = set(parents)
-        above, expanded, found = [0], [0], []
-        for depth in range(1, self.depth + 1):
-            nodes = [n for n, d in enumerate(depths) if d == depth]
-            assert nodes == list(range(nodes[0], nodes[-1] + 1)), "nodes of equal depth must stand together"
-            mine = [n for n in nodes if n in has_children]
-            rows = [
-                [above.index(parents[n]) for n in nodes],
-                [expanded.index(parents[n]) for n in nodes],
-                [n - nodes[0] for n in mine],
-            ]
-            above_C, of_C, expanded_A = (torch.tensor(row, dtype=torch.long, device=device) for row in rows)
-            span = slice(nodes[0], nodes[-1] + 1)
-            found.append(Level(span, above_C, of_C, expanded_A, self.ranks_N[span]))
-            above, expanded = nodes, mine
-        return found
-
-    @cached_property
-    def width(self) -> int:
-        """How many candidates the widest depth asks for."""
-        return int(self.ranks_N.max()) + 1
-
-
 @dataclass
-class Proposal:
-    """Drafted tokens as a tree. tokens_N[0] is the root; parents_N[0] = -1; parents stand before children.
+class Drafted:
+    """What a drafter would draft in a batch where everything before is the row's own, and what it thinks once it has
+    read that: M drafts, over all its depths but the last. Positions count through all rows: b * T + t.
 
-    entered (layer, hidden [B, N, D]): the drafter has run the base's blocks 0..layer-1 for these nodes, in this
-    order, on the base's own K/V; verification runs the rest.
+    at_M: where the base's distribution judges the draft (that of the token after it). tokens_M: the drafts. hidden_MD:
+    as a gate sees it in decoding (Partial.hidden). ahead: a global step has counts_K[ahead] positions to draft from.
     """
 
-    tokens_N: Tensor
-    parents_N: Tensor
-    entered: tuple[int, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """path_A: accepted nodes in order, the root (0) first; bonus: the base's own next token after them."""
-
-    path_A: Tensor
-    bonus: int
-
-    @property
-    def accepted(self) -> int:
-        """Accepted *drafted* tokens: the root is not one."""
-        return len(self.path_A) - 1
-
-
-@dataclass
-class State:
-    """What a drafter may look at before a step, for one sequence (or B equal rows of it).
-
-    tokens: prompt and everything emitted, the root last. root: that last token.
-    seen: capture of the positions accepted by the last step (or of the whole prompt), in order, [B, A, .];
-    its last position is the one that predicted the root. shape: the tree to fill.
-    kv: the base's, every emitted token but the root; a drafter that runs base blocks leaves their slots in it and
-    says so in Proposal.entered. head_kv: the drafter's own, made and kept by it between steps; it holds emitted
-    tokens only, since `seen` brings the truth about every position that was accepted.
-    """
-
-    tokens: list[int]
-    root: int
-    seen: Capture
-    shape: TreeShape
-    kv: KV | None = None
-    head_kv: KV | None = None
-
-
-class Drafter(Protocol):
-    """Proposes tokens. `max_depth` bounds the tree it can fill; `needs` is what it reads of the base."""
-
-    needs: Needs
-    max_depth: int
-
-    def propose(self, base: BaseView, state: State) -> Proposal: ...
+    at_M: Tensor
+    tokens_M: Tensor
+    hidden_MD: Tensor
+    ahead: int
 
 
 class Head(nn.Module, ABC):
@@ -362,19 +270,33 @@ class Head(nn.Module, ABC):
     method. `__init__(config, spec)` allocates only (safe on the meta device); `initialise(base)` sets the
     weights that depend on the base and is called once, before training, never when a head is loaded.
     progress: the share of training that is done, which a loss may schedule its terms by.
+
+    beside: what stands beside the base and belongs to somebody else: the drafter that a gate judges, the companion
+    that an auxiliary starts from. Neither trained nor saved with the head; `attach` sets it, before `initialise`.
     """
 
     progress = 1.0
+    beside: Any = None
 
     Config: ClassVar[type]
-    role: ClassVar[str]  # "drafter"
+    role: ClassVar[str]  # "drafter", "gate" or "primer"
     lossy: ClassVar[bool] = False  # True: decoding with it may change the base's output
+    gated: ClassVar[bool] = False  # True: a drafter that goes level by level and asks a gate after each
     adapts: ClassVar[bool] = False  # True: an adapter of the base is trained with it
 
     def __init__(self, config: Any, spec: BaseSpec) -> None:
         super().__init__()
         self.config = config
         self.spec = spec
+
+    @classmethod
+    def completed(cls, config: Any, spec: BaseSpec, beside: Any) -> Any:
+        """The config with everything told that follows from the base and from what stands beside it, so that the
+        head can be built again without either."""
+        return config
+
+    def attach(self, beside: Any) -> None:
+        object.__setattr__(self, "beside", beside)  # past nn.Module, which would take a module for a part of this one
 
     @property
     @abstractmethod

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from draftsmith import artifacts, config, prepare, supply
-from draftsmith.contracts import Drafter, Head, Needs
+from draftsmith.contracts import Head, Needs
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.prompts import PromptsConfig, user_turns
 from draftsmith.data.records import Record
@@ -18,6 +18,7 @@ from draftsmith.data.settings import DataConfig
 from draftsmith.decoding.referee import COMPANY, HF, PLAIN, BaselinesConfig, DecodingConfig, Referee
 from draftsmith.errors import ConfigError, DataError, NumericsError
 from draftsmith.reporting import leaderboard, table
+from draftsmith.roles import Drafter
 
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM

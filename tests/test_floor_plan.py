@@ -22,6 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 GROUND: dict[str, set[str]] = {
     "errors": set(),
     "contracts": set(),
+    "roles": {"contracts"},
     "targets": {"contracts", "errors"},
     "losses": {"contracts", "errors"},
     "artifacts": {"contracts", "errors"},

@@ -80,6 +80,7 @@ def collate(packs: Sequence[Sequence[Row]], length: int, counts_K: torch.Tensor)
     shape = (len(packs), length)
     tokens, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     documents, mask = torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool)
+    labels = torch.full(shape, float("nan")) if any(row.labels is not None for pack in packs for row in pack) else None
     for b, pack in enumerate(packs):
         at = 0
         for d, row in enumerate(pack):
@@ -88,5 +89,7 @@ def collate(packs: Sequence[Sequence[Row]], length: int, counts_K: torch.Tensor)
             mask[b, span] = torch.from_numpy(np.array(row.mask, dtype=bool))
             positions[b, span] = torch.arange(len(row.ids))
             documents[b, span] = d
+            if labels is not None and row.labels is not None:
+                labels[b, span] = torch.from_numpy(np.array(row.labels, dtype=np.float32))
             at += len(row.ids)
-    return Batch(tokens, positions, documents, mask, counts_K)
+    return Batch(tokens, positions, documents, mask, counts_K, labels)

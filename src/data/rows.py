@@ -35,7 +35,8 @@ class Row:
 
     id: content hash and occurrence, unique in a folder. source: file:row it came from; part: the name of that
     source. asked: hash of what was asked, without the answers. said: JSON of the text behind the ids. seed: of
-    the sampling, if any. finish: `stop`, or `length` where an answer was cut.
+    the sampling, if any. finish: `stop`, or `length` where an answer was cut. labels: a number per token, NaN where it
+    has none; only rows that draftsmith label wrote have them.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Row:
     said: str = ""
     seed: int | None = None
     finish: str = ""
+    labels: Sequence[float] | None = None
 
 
 TEXTS = ("id", "source", "part", "asked", "said", "finish")
@@ -124,6 +126,9 @@ class Rows(Sequence[Row]):
         self.mask = np.array(whole["mask"].values, np.uint8)
         self.texts = {name: table.column(name) for name in TEXTS}
         self.seeds = table.column("seed")
+        self.labels: np.ndarray | None = None
+        if "accept" in table.column_names:
+            self.labels = np.asarray(table.column("accept").combine_chunks().values, np.float32)
         self.at_N = np.arange(len(table))  # which line of the table row n is
 
     @classmethod
@@ -143,7 +148,9 @@ class Rows(Sequence[Row]):
         at = int(self.at_N[n])
         span = slice(int(self.begins_N[n]), int(self.ends_N[n]))
         texts = {name: column[at].as_py() or "" for name, column in self.texts.items()}
-        return Row(ids=self.ids[span], mask=self.mask[span], seed=self.seeds[at].as_py(), **texts)  # type: ignore[arg-type]
+        labels: Any = None if self.labels is None else self.labels[span]
+        ids, mask = self.ids[span], self.mask[span]
+        return Row(ids=ids, mask=mask, seed=self.seeds[at].as_py(), labels=labels, **texts)  # type: ignore[arg-type]
 
     @property
     def lengths_N(self) -> np.ndarray:

@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from draftsmith.contracts import BaseView, Drafter, TreeShape
+from draftsmith.contracts import BaseView
 from draftsmith.decoding.engine import generate
 from draftsmith.decoding.lossless import Lossless, compare
 from draftsmith.decoding.stats import Stats
+from draftsmith.roles import Drafter, TreeShape
 
 PAST = 16  # tokens of the base's text beyond the cut that an oracle may draft from
 

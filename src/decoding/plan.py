@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftsmith.contracts import TreeShape
 from draftsmith.decoding import tree
+from draftsmith.roles import TreeShape
 
 PLANS_KEPT = 64  # of the trees met besides the static one
 
@@ -18,7 +18,8 @@ class Plan:
         self.parents_N = parents_N.to("cpu", copy=True)  # verification reads it on the host
         self.nodes = len(parents_N)
         depths_N = tree.depths(self.parents_N)
-        self.depth = int(depths_N.max())
+        self.depths = depths_N.tolist()
+        self.depth = max(self.depths)
         self.depths_BN = depths_N[None].to(device)
         self.causal = tree.is_chain(self.parents_N)
         self._mask_NS = tree.ancestor_mask(self.parents_N).to(device)

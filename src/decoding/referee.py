@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from draftsmith.contracts import BaseView, Drafter
+from draftsmith.contracts import BaseView
 from draftsmith.decoding import measure
 from draftsmith.decoding.drafters.oracle import Oracle, OracleConfig
 from draftsmith.decoding.drafters.prompt_lookup import PromptLookup, PromptLookupConfig
 from draftsmith.decoding.measure import Contender, Result
 from draftsmith.decoding.tree import TreeConfig
 from draftsmith.errors import ConfigError
+from draftsmith.roles import Drafter
 
 HF = "hf_generate"
 PLAIN = "autoregressive"

@@ -21,8 +21,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from draftsmith.contracts import TreeShape
 from draftsmith.errors import ConfigError
+from draftsmith.roles import TreeShape
 
 
 def from_paths(paths: Sequence[Sequence[int]]) -> TreeShape:

@@ -1,11 +1,11 @@
-"""What of a proposal is kept. Pure functions: no model, no K/V, no randomness of their own."""
+"""What of a proposal is kept. Pure functions: no model, no K/V; the randomness is the caller's generator."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from draftsmith.contracts import Proposal, Verdict
+from draftsmith.roles import Proposal, Verdict
 
 
 def greedy(proposal: Proposal, best_N: Tensor) -> Verdict:
@@ -28,3 +28,29 @@ def greedy(proposal: Proposal, best_N: Tensor) -> Verdict:
     while path[-1] > 0:
         path.append(parents[path[-1]])
     return Verdict(torch.tensor(path[::-1], device=best_N.device), best[last])
+
+
+def drawn(proposal: Proposal, chances_NV: Tensor, generator: torch.Generator | None) -> Verdict:
+    """Speculative sampling of a chain whose tokens were drawn (Leviathan et al. 2023, arXiv 2211.17192; Chen et al.
+    2023, arXiv 2302.01318): y ~ q is kept with probability min(1, p(y) / q(y)), else the bonus is drawn from what p has
+    over q; after the last one, from p. What is emitted is distributed as p, whatever q is.
+
+    chances_NV: the base's distribution after each node. A proposal of a smaller vocabulary has nothing beyond it.
+    """
+    assert proposal.drawn_NV is not None
+    tokens, nodes = proposal.tokens_N.tolist(), len(proposal.tokens_N)
+    assert proposal.parents_N.tolist() == list(range(-1, nodes - 1)), "drawn tokens are verified in a chain"
+    more = chances_NV.shape[1] - proposal.drawn_NV.shape[1]
+    drawn_NV = torch.nn.functional.pad(proposal.drawn_NV.to(chances_NV.device, chances_NV.dtype), (0, more))
+    kept, left_V = 0, chances_NV[-1]
+    for node in range(1, nodes):
+        p, q = chances_NV[node - 1, tokens[node]], drawn_NV[node, tokens[node]]
+        if float(torch.rand((), generator=generator, dtype=torch.float64)) * float(q) >= float(p):
+            left_V = (chances_NV[node - 1] - drawn_NV[node]).clamp(min=0)
+            left_V = left_V if bool(left_V.any()) else chances_NV[node - 1]  # equal up to rounding
+            break
+        kept = node
+    upto_V = left_V.cumsum(-1)
+    uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+    bonus = min(int(torch.searchsorted(upto_V, uniform * upto_V[-1:], right=True)), len(upto_V) - 1)
+    return Verdict(torch.arange(kept + 1, device=chances_NV.device), bonus)

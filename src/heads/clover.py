@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, Level, LossOut, Needs, Proposal, State
+from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import DecoderLayer, ResBlock, as_head, project
 from draftsmith.heads.drafting import fill
 from draftsmith.losses import linear_cross_entropy
+from draftsmith.roles import Level, Proposal, State
 from draftsmith.targets import counted_targets, future_tokens
 
 
@@ -98,6 +99,7 @@ class Connection(nn.Module):
 class Clover(Head):
     Config = CloverConfig
     role = "drafter"
+    gated = True
 
     def __init__(self, config: CloverConfig, spec: BaseSpec) -> None:
         super().__init__(config, spec)
@@ -200,7 +202,7 @@ class Clover(Head):
         depth = 1
         logits_BAV, hidden_BAD = self(base, depth, start_B1D, root_B1)
 
-        def deeper(level: Level, tokens_C: Tensor) -> Tensor | None:
+        def deeper(level: Level, tokens_C: Tensor) -> tuple[Tensor, Tensor] | None:
             nonlocal depth, hidden_BAD
             at_A = level.expanded_A
             if not len(at_A):
@@ -210,6 +212,6 @@ class Clover(Head):
             if self.config.regressive:
                 before_BAD, newest_BA = hidden_BAD[:, level.of_C[at_A]], tokens_C[at_A].expand(len(root_B1), -1)
             logits_BAV, hidden_BAD = self(base, depth, before_BAD, newest_BA)
-            return logits_BAV[0]
+            return logits_BAV[0], hidden_BAD[0]
 
-        return Proposal(*fill(state.shape, state.root, logits_BAV[0, 0], deeper))
+        return fill(state, logits_BAV[0, 0], deeper)

@@ -29,11 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, Level, LossOut, Needs, Proposal, State
+from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import DecoderLayer, as_head, final_norm_weight, project
 from draftsmith.heads.drafting import fill
 from draftsmith.losses import SoftOut, feature_distance, linear_soft_cross_entropy
+from draftsmith.roles import Level, Proposal, State
 from draftsmith.targets import Lessons, future_tokens, lessons
 
 
@@ -98,6 +99,7 @@ class AttentionDecoder(nn.Module):
 class Clover2(Head):
     Config = Clover2Config
     role = "drafter"
+    gated = True
 
     def __init__(self, config: Clover2Config, spec: BaseSpec) -> None:
         super().__init__(config, spec)
@@ -246,12 +248,12 @@ class Clover2(Head):
         read_BAD = self.read(base, seen_BAD, next_BA, positions, None, state.head_kv)
         logits_BAV, state_BAD = self(base, read_BAD[:, -1:])
 
-        def deeper(level: Level, tokens_C: Tensor) -> Tensor | None:
+        def deeper(level: Level, tokens_C: Tensor) -> tuple[Tensor, Tensor] | None:
             nonlocal state_BAD
             at_A = level.expanded_A
             if not len(at_A):
                 return None
             logits_BAV, state_BAD = self(base, state_BAD[:, level.of_C[at_A]], tokens_C[at_A].expand(rows, -1))
-            return logits_BAV[0]
+            return logits_BAV[0], state_BAD[0]
 
-        return Proposal(*fill(state.shape, state.root, logits_BAV[0, 0], deeper))
+        return fill(state, logits_BAV[0, 0], deeper)

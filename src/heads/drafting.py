@@ -1,49 +1,83 @@
 """Filling a static tree from the root downwards, for heads whose every token depends on those above it.
 
 Level by level: node n of a level takes the ranks_N[n]-th best token after its own parent, and the nodes that have
-children of their own are asked for what follows them.
+children of their own are asked for what follows them, unless a gate ends it there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from draftsmith.contracts import Level, TreeShape
 from draftsmith.errors import ConfigError
+from draftsmith.roles import Gate, Level, Partial, Proposal, State
 
-Deeper = Callable[[Level, Tensor], Tensor | None]
-"""(level, tokens_C of its nodes) -> logits [A, V] after those of its nodes that have children; None stops."""
+Deeper = Callable[[Level, Tensor], tuple[Tensor, Tensor] | None]
+"""(level, tokens_C of its nodes) -> (logits [A, V], hidden [A, D]) after those of its nodes that have children; None
+stops."""
 
 
 def fill(
-    shape: TreeShape, root: int, logits_V: Tensor, deeper: Deeper, ids_V: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(tokens_N, parents_N) of the proposal, the root first. logits_V: what follows the root. ids_V: the token that
-    each column of the logits stands for, where they are not over the base's vocabulary.
+    state: State,
+    logits_V: Tensor,
+    deeper: Deeper,
+    ids_V: Tensor | None = None,
+    *,
+    gate: Gate | None = None,
+    draws: bool = False,
+) -> Proposal:
+    """The proposal below state.root, of state.shape. logits_V: what follows the root. ids_V: the token that each column
+    of the logits stands for, where they are not over the base's vocabulary. gate: the drafter's own, where the state
+    has none. draws: of a text with a temperature, tokens are drawn from the drafter's distribution.
 
-    Fewer than the shape has where `deeper` stopped: whole levels are left out, the deepest first. The last level
-    is passed to `deeper` too; what it returns there is not used.
+    Fewer nodes than the shape has where `deeper` or the gate stopped: whole levels are left out, the deepest first. The
+    last level is passed to `deeper` too, as one whose nodes have no children; what it returns there is not used.
     """
+    shape, gate, draws = state.shape, state.gate or gate, draws and state.temperature > 0
     if shape.width > len(logits_V):
         raise ConfigError(f"decoding.paths: rank {shape.width - 1} of a head that drafts from {len(logits_V)} tokens")
-    tokens_N = torch.full((len(shape.parents_N),), root, dtype=torch.long, device=logits_V.device)
+    tokens_N = torch.full((len(shape.parents_N),), state.root, dtype=torch.long, device=logits_V.device)
     logits_AV: Tensor | None = logits_V[None]
-    count = 1
+    partial, count, drawn = Partial(), 1, [torch.zeros_like(logits_V, dtype=torch.float64)[None]]
     for level in shape.levels:
         if logits_AV is None:
             break
-        ranked_AR = logits_AV.topk(shape.width, dim=-1).indices
-        tokens_C = ranked_AR[level.of_C, level.ranks_C]
-        if ids_V is not None:
-            tokens_C = ids_V[tokens_C]
+        if draws:
+            chances_CV = (logits_AV.double() / state.temperature).softmax(-1)[level.of_C]
+            columns_C = draw(chances_CV, state.generator)
+            drawn.append(chances_CV)
+        else:
+            columns_C = logits_AV.topk(shape.width, dim=-1).indices[level.of_C, level.ranks_C]
+        tokens_C = columns_C if ids_V is None else ids_V[columns_C]
         tokens_N[level.nodes], count = tokens_C, level.nodes.stop
-        logits_AV = deeper(level, tokens_C)
-    if count == len(tokens_N):
-        return tokens_N, shape.parents_N
-    return tokens_N[:count], shape.parents_N[:count]
+        if gate is not None and len(level.expanded_A):
+            partial.levels.append(level)
+            partial.tokens.append(tokens_C)
+            partial.logits_AV, partial.columns_C = logits_AV, columns_C
+            if gate.stop(state, partial):
+                level = replace(level, expanded_A=level.expanded_A[:0])
+        read = deeper(level, tokens_C)
+        logits_AV = None
+        if read is not None:
+            logits_AV, hidden_AD = read
+            partial.hidden.append(hidden_AD)
+    whole = count == len(tokens_N)
+    return Proposal(
+        tokens_N if whole else tokens_N[:count],
+        shape.parents_N if whole else shape.parents_N[:count],
+        drawn_NV=torch.cat(drawn) if draws else None,
+    )
+
+
+def draw(chances_CV: Tensor, generator: torch.Generator | None) -> Tensor:
+    """columns_C, one of each distribution. The generator is the host's, so that a seed means the same anywhere."""
+    uniform_C1 = torch.rand(len(chances_CV), 1, generator=generator, dtype=torch.float64).to(chances_CV.device)
+    upto_CV = chances_CV.cumsum(-1)
+    at_C = torch.searchsorted(upto_CV, uniform_C1 * upto_CV[:, -1:], right=True)[:, 0]
+    return at_C.clamp(max=chances_CV.shape[1] - 1)  # rounding may reach the very end
 
 
 class Ancestors:

@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, Level, LossOut, Needs, Proposal, State
+from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import MLP, Attention, as_head, final_norm_weight
 from draftsmith.heads.drafting import Ancestors, fill
 from draftsmith.losses import linear_soft_cross_entropy
+from draftsmith.roles import Level, Proposal, State
 from draftsmith.targets import Lessons, future_tokens, lessons
 
 
@@ -92,6 +93,7 @@ class MidLayer(nn.Module):
 class Eagle3(Head):
     Config = Eagle3Config
     role = "drafter"
+    gated = True
 
     def __init__(self, config: Eagle3Config, spec: BaseSpec) -> None:
         super().__init__(config, spec)
@@ -232,7 +234,7 @@ class Eagle3(Head):
         feature_BAD, past = feature_BAD[:, -1:], past + new
         ancestors, depth = Ancestors(device), 0
 
-        def deeper(level: Level, tokens_C: Tensor) -> Tensor | None:
+        def deeper(level: Level, tokens_C: Tensor) -> tuple[Tensor, Tensor] | None:
             nonlocal feature_BAD, depth
             if not len(level.expanded_A):
                 return None
@@ -242,11 +244,11 @@ class Eagle3(Head):
             mask = ancestors.below(of_A, past)
             logits_BAV, feature_BAD = self(base, feature_BAD[:, of_A], tokens_BA, positions, mask, kv)
             depth += 1
-            return logits_BAV[0]
+            return logits_BAV[0], self.norm(feature_BAD[0])
 
-        tokens_N, parents_N = fill(state.shape, state.root, logits_BAV[0, -1], deeper, self.ids_V)
+        proposal = fill(state, logits_BAV[0, -1], deeper, self.ids_V)
         kv.crop(past)
-        return Proposal(tokens_N, parents_N)
+        return proposal
 
 
 def over_slots(q_BHTd: Tensor, past: list[tuple[Tensor, Tensor]], visible_BTT: Tensor) -> Tensor:

@@ -30,11 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, Level, LossOut, Needs, Proposal, State
+from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import DecoderLayer, ResBlock, as_head
 from draftsmith.heads.drafting import fill
 from draftsmith.losses import SoftOut, feature_distance, linear_cross_entropy, linear_soft_cross_entropy
+from draftsmith.roles import Level, Proposal, State
 from draftsmith.targets import Lessons, future_tokens, lessons
 
 
@@ -110,6 +111,7 @@ class Learning:
 class Hydra(Head):
     Config = HydraConfig
     role = "drafter"
+    gated = True
 
     def __init__(self, config: HydraConfig, spec: BaseSpec) -> None:
         super().__init__(config, spec)
@@ -154,10 +156,11 @@ class Hydra(Head):
             h = block(self.drop(h))
         return h
 
-    def forward(self, base: BaseView, context_AD: Tensor, drafted_AkD: Tensor) -> Tensor:
-        """logits [A, V] of what follows the k tokens whose embeddings are drafted_AkD, by head k."""
+    def forward(self, base: BaseView, context_AD: Tensor, drafted_AkD: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits [A, V] of what follows the k tokens whose embeddings are drafted_AkD, h_k [A, D]), by head k."""
         lm_head = cast(nn.Linear, self.lm_heads[drafted_AkD.shape[1] - 1])
-        return lm_head(self.drop(self.hidden(context_AD, drafted_AkD)).to(lm_head.weight.dtype))
+        hidden_AD = self.hidden(context_AD, drafted_AkD)
+        return lm_head(self.drop(hidden_AD).to(lm_head.weight.dtype)), hidden_AD
 
     def inputs(self, base: BaseView, final_BTD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(context, E) [B, T, D] at every position of a batch, with noise while training."""
@@ -275,11 +278,12 @@ class Hydra(Head):
         root_11 = torch.tensor([[state.root]], device=context_BD.device)
         drafted_AkD = as_head(base.embed(root_11), self)
 
-        def expand() -> Tensor:
+        def expand() -> tuple[Tensor, Tensor]:
             rows, nodes = len(context_BD), len(drafted_AkD)
-            return self(base, context_BD.repeat_interleave(nodes, 0), drafted_AkD.repeat(rows, 1, 1))[:nodes]
+            logits, hidden = self(base, context_BD.repeat_interleave(nodes, 0), drafted_AkD.repeat(rows, 1, 1))
+            return logits[:nodes], hidden[:nodes]
 
-        def deeper(level: Level, tokens_C: Tensor) -> Tensor | None:
+        def deeper(level: Level, tokens_C: Tensor) -> tuple[Tensor, Tensor] | None:
             nonlocal drafted_AkD
             at_A = level.expanded_A
             if not len(at_A):
@@ -288,4 +292,4 @@ class Hydra(Head):
             drafted_AkD = torch.cat([drafted_AkD[level.of_C[at_A]], newest_A1D], 1)
             return expand()
 
-        return Proposal(*fill(state.shape, state.root, expand()[0], deeper))
+        return fill(state, expand()[0][0], deeper)

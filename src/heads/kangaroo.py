@@ -19,17 +19,18 @@ In a tree, drafting goes on below a level while any node with children was draft
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, Level, LossOut, Needs, Proposal, State
+from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import Attention, as_head, final_norm_weight, project
 from draftsmith.heads.drafting import Ancestors, fill
 from draftsmith.losses import linear_soft_cross_entropy
+from draftsmith.roles import Level, Partial, Proposal, State
 from draftsmith.targets import future_tokens, lessons
 
 
@@ -55,6 +56,7 @@ class KangarooConfig:
 class Kangaroo(Head):
     Config = KangarooConfig
     role = "drafter"
+    gated = True
 
     def __init__(self, config: KangarooConfig, spec: BaseSpec) -> None:
         super().__init__(config, spec)
@@ -103,9 +105,10 @@ class Kangaroo(Head):
         positions_BQ: Tensor,
         mask_BQS: Tensor | None = None,
         kv: KV | None = None,
-    ) -> Tensor:
-        """logits_BQV of the token after each position."""
-        return project(base, self.adapt(hidden_BQD, positions_BQ, mask_BQS, kv))
+    ) -> tuple[Tensor, Tensor]:
+        """(logits_BQV of the token after each position, the adapter's output there)."""
+        adapted_BQD = self.adapt(hidden_BQD, positions_BQ, mask_BQS, kv)
+        return project(base, adapted_BQD), adapted_BQD
 
     def loss(self, base: BaseView, seen: Capture, batch: Batch, *, measure: bool = True) -> LossOut:
         """CE against the base's distribution at the same position. Metrics: top1/1 against the row's own token,
@@ -169,28 +172,24 @@ class Kangaroo(Head):
 
         new_BQD = torch.cat([seen_BAD, enter(torch.tensor([state.root], device=seen_BAD.device), 0, None)], 1)
         positions = torch.arange(head_kv.length, kept + 1, device=seen_BAD.device)[None]
-        logits_AV = self(base, new_BQD, positions, None, head_kv)[0, -1:]
-        sure = self._sure(logits_AV)
+        logits_BQV, _ = self(base, new_BQD, positions, None, head_kv)
         depth = 0
 
-        def deeper(level: Level, tokens_C: Tensor) -> Tensor | None:
-            nonlocal sure, depth
+        def deeper(level: Level, tokens_C: Tensor) -> tuple[Tensor, Tensor] | None:
+            nonlocal depth
             depth += 1
             hidden_BCD = enter(tokens_C, depth, tree.below(level.above_C, start + 1))
-            if not sure or not len(level.expanded_A):
+            if not len(level.expanded_A):
                 return None
             mask = heard.below(level.of_C[level.expanded_A], kept + 1)
             at = torch.full((1, len(level.expanded_A)), kept + depth, device=mask.device)
-            logits_AV = self(base, hidden_BCD[:, level.expanded_A], at, mask, head_kv)[0]
-            sure = self._sure(logits_AV)
-            return logits_AV
+            logits_BAV, adapted_BAD = self(base, hidden_BCD[:, level.expanded_A], at, mask, head_kv)
+            return logits_BAV[0], adapted_BAD[0]
 
-        tokens_N, parents_N = fill(state.shape, state.root, logits_AV[0], deeper)
+        proposal = fill(state, logits_BQV[0, -1], deeper, gate=self if self.config.threshold else None)
         head_kv.crop(kept)
-        return Proposal(tokens_N, parents_N, (exit_layer, torch.cat(entered, 1)))
+        return replace(proposal, entered=(exit_layer, torch.cat(entered, 1)))
 
-    def _sure(self, logits_AV: Tensor) -> bool:
-        """Whether any of these distributions is certain enough to go on below its best token."""
-        if not self.config.threshold:
-            return True
-        return bool((logits_AV.float().softmax(-1).amax(-1) >= self.config.threshold).any())
+    def stop(self, state: State, partial: Partial) -> bool:
+        """Its own gate, where no other is given: no token to go on from is certain enough."""
+        return partial.surest < self.config.threshold

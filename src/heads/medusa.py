@@ -23,10 +23,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from draftsmith.contracts import BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs, Proposal, State
+from draftsmith.contracts import BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import ResBlock, as_head
 from draftsmith.losses import linear_cross_entropy
+from draftsmith.roles import Proposal, State
 from draftsmith.targets import counted_targets
 
 

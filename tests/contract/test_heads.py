@@ -16,13 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from draftsmith import config
 from draftsmith.base.settings import LoraConfig
-from draftsmith.contracts import Batch, Capture, Head, LossOut, Needs, State
+from draftsmith.contracts import Batch, Capture, Head, LossOut, Needs
 from draftsmith.data.pack import collate
 from draftsmith.data.rows import Row, Rows
 from draftsmith.decoding import tree
 from draftsmith.decoding.engine import generate
 from draftsmith.errors import ConfigError
 from draftsmith.exporters import native
+from draftsmith.roles import State
 from draftsmith.training.fit import new_adapter, new_head
 
 # role -> what a head of that role must offer beside forward and loss

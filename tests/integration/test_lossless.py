@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from draftsmith.base.lm import BaseLM
-from draftsmith.contracts import Needs, Proposal
+from draftsmith.contracts import Needs
 from draftsmith.data.pack import collate
 from draftsmith.data.rows import Row, Rows
 from draftsmith.decoding import verify
@@ -25,6 +25,7 @@ from draftsmith.heads.eagle3 import Eagle3
 from draftsmith.heads.hydra import Hydra
 from draftsmith.heads.kangaroo import Kangaroo
 from draftsmith.heads.medusa import Medusa, MedusaConfig
+from draftsmith.roles import Proposal
 from draftsmith.training.fit import new_head
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gemma2", "gpt_neox", "opt"]

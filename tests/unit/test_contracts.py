@@ -2,7 +2,8 @@
 
 import torch
 
-from draftsmith.contracts import Batch, Capture, Needs, TreeShape, Verdict
+from draftsmith.contracts import Batch, Capture, Needs
+from draftsmith.roles import TreeShape, Verdict
 
 
 def test_needs_add_up() -> None:

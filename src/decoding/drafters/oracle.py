@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from draftsmith.contracts import BaseView, Needs, Proposal, State
+from draftsmith.contracts import BaseView, Needs
 from draftsmith.decoding.tree import chain
 from draftsmith.errors import ConfigError
+from draftsmith.roles import Proposal, State
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Oracle:
 
     Config = OracleConfig
     lossy = False
+    gated = False
 
     def __init__(self, config: OracleConfig, text: Sequence[int]) -> None:
         self.config = config

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from draftsmith.contracts import BaseView, Needs, Proposal, State
+from draftsmith.contracts import BaseView, Needs
 from draftsmith.decoding.tree import chain
 from draftsmith.errors import ConfigError
+from draftsmith.roles import Proposal, State
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class PromptLookupConfig:
 class PromptLookup:
     Config = PromptLookupConfig
     lossy = False
+    gated = False
 
     def __init__(self, config: PromptLookupConfig) -> None:
         self.config = config

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from draftsmith.contracts import BaseSpec, Capture, Needs, Proposal
+from draftsmith.contracts import BaseSpec, Capture, Needs
+from draftsmith.roles import Proposal
 
 WIDTH = 12
 

@@ -4,12 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from draftsmith.contracts import Needs, Proposal
+from draftsmith.contracts import Needs
 from draftsmith.decoding import tree
 from draftsmith.decoding.drafters.oracle import Oracle, OracleConfig
 from draftsmith.decoding.drafters.prompt_lookup import PromptLookup, PromptLookupConfig
 from draftsmith.decoding.engine import generate
 from draftsmith.errors import ConfigError
+from draftsmith.roles import Proposal
 
 PROMPT = [1, 3, 2, 2, 3, 0]
 SHAPES = {

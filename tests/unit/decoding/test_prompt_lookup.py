@@ -2,12 +2,13 @@ import random
 
 import pytest
 
-from draftsmith.contracts import Capture, State
+from draftsmith.contracts import Capture
 from draftsmith.decoding.drafters.oracle import Oracle, OracleConfig
 from draftsmith.decoding.drafters.prompt_lookup import PromptLookup, PromptLookupConfig, look_up
 from draftsmith.decoding.engine import generate
 from draftsmith.decoding.tree import chain
 from draftsmith.errors import ConfigError
+from draftsmith.roles import State
 
 
 def slow(tokens, depth, config):

@@ -2,8 +2,8 @@ import random
 
 import torch
 
-from draftsmith.contracts import Proposal
 from draftsmith.decoding import tree, verify
+from draftsmith.roles import Proposal
 
 
 def slow(tokens, parents, best):

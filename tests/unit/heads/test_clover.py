@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from draftsmith.base.lm import BaseLM
-from draftsmith.contracts import BaseSpec, Batch, Capture, State, TreeShape
+from draftsmith.contracts import BaseSpec, Batch, Capture
 from draftsmith.decoding import tree
 from draftsmith.errors import ConfigError
 from draftsmith.heads.clover import Clover, CloverConfig, Connection
+from draftsmith.roles import State, TreeShape
 from draftsmith.targets import future_tokens
 
 MakeBatch = Callable[..., Batch]

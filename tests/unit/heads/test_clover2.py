@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.base.lm import BaseLM
-from draftsmith.contracts import BaseSpec, Batch, Capture, State, TreeShape
+from draftsmith.contracts import BaseSpec, Batch, Capture
 from draftsmith.decoding import tree
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import DecoderLayer
 from draftsmith.heads.clover2 import AttentionDecoder, Clover2, Clover2Config
 from draftsmith.losses import feature_distance
+from draftsmith.roles import State, TreeShape
 from draftsmith.targets import future_tokens
 
 MakeBatch = Callable[..., Batch]

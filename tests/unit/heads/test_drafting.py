@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from draftsmith.contracts import TreeShape
 from draftsmith.decoding import tree
 from draftsmith.heads.drafting import Ancestors, fill
+from draftsmith.roles import TreeShape
 
 VOCABULARY = 11
 

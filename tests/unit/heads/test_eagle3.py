@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftsmith.contracts import BaseSpec, Batch, Capture, State
+from draftsmith.contracts import BaseSpec, Batch, Capture
 from draftsmith.decoding import tree
 from draftsmith.errors import ConfigError
 from draftsmith.heads.eagle3 import Eagle3, Eagle3Config, over_slots
+from draftsmith.roles import State
 from draftsmith.training.fit import new_head
 
 MakeBatch = Callable[..., Batch]

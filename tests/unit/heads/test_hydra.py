@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from draftsmith.base.lm import BaseLM
-from draftsmith.contracts import BaseSpec, Batch, Capture, State, TreeShape
+from draftsmith.contracts import BaseSpec, Batch, Capture
 from draftsmith.decoding import tree
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import ResBlock
 from draftsmith.heads.hydra import FirstBlock, Hydra, HydraConfig
 from draftsmith.losses import feature_distance
+from draftsmith.roles import State, TreeShape
 from draftsmith.targets import Lessons, lessons
 
 MakeBatch = Callable[..., Batch]

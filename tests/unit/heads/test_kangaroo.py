@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftsmith.contracts import BaseSpec, Batch, Needs, State
+from draftsmith.contracts import BaseSpec, Batch, Needs
 from draftsmith.decoding import tree
 from draftsmith.decoding.engine import generate
 from draftsmith.errors import ConfigError
 from draftsmith.heads.kangaroo import Kangaroo, KangarooConfig
+from draftsmith.roles import State
 from draftsmith.training.fit import new_head
 
 MakeBatch = Callable[..., Batch]

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from draftsmith.base.lm import BaseLM
-from draftsmith.contracts import BaseSpec, Batch, Capture, State, TreeShape
+from draftsmith.contracts import BaseSpec, Batch, Capture
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import ResBlock
 from draftsmith.heads.medusa import Medusa, MedusaConfig
+from draftsmith.roles import State, TreeShape
 
 MakeBatch = Callable[..., Batch]
 
