@@ -13,6 +13,7 @@ VERBS = {
     "label": "per-token labels for gates: accepted drafts, or tokens that matter",
     "train": "rows -> heads, on the frozen base",
     "evaluate": "tokens per step, speed, and proof that the output is the base's own",
+    "tune": "the threshold of a gate for this machine, stored with it",
     "bakeoff": "heads compared at equal rows and equal CPU-seconds: a table and a picture",
     "export": "a trained head -> a folder that an inference server loads",
     "bench": "what one training step costs, as a ratio of the base's forward",

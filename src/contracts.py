@@ -281,6 +281,7 @@ class Head(nn.Module, ABC):
     Config: ClassVar[type]
     role: ClassVar[str]  # "drafter", "gate" or "primer"
     lossy: ClassVar[bool] = False  # True: decoding with it may change the base's output
+    wants: ClassVar[str] = ""  # what has to stand beside it: a "drafter", a "companion"
     gated: ClassVar[bool] = False  # True: a drafter that goes level by level and asks a gate after each
     adapts: ClassVar[bool] = False  # True: an adapter of the base is trained with it
 
@@ -294,6 +295,11 @@ class Head(nn.Module, ABC):
         """The config with everything told that follows from the base and from what stands beside it, so that the
         head can be built again without either."""
         return config
+
+    @classmethod
+    def reads_labels(cls, config: Any, beside: Any) -> bool:
+        """Whether its rows must be those of draftsmith label, made with what stands beside it."""
+        return False
 
     def attach(self, beside: Any) -> None:
         object.__setattr__(self, "beside", beside)  # past nn.Module, which would take a module for a part of this one

@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from draftsmith import artifacts, config, prepare, supply
+from draftsmith.beside import DEPTH, Beside
 from draftsmith.contracts import Head, Needs
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.prompts import PromptsConfig, user_turns
 from draftsmith.data.records import Record
 from draftsmith.data.settings import DataConfig
+from draftsmith.decoding import gating
+from draftsmith.decoding.gates import Confidence, Fixed, GateConfig, Oracle
+from draftsmith.decoding.measure import Contender, MakeGate
 from draftsmith.decoding.referee import COMPANY, HF, PLAIN, BaselinesConfig, DecodingConfig, Referee
 from draftsmith.errors import ConfigError, DataError, NumericsError
-from draftsmith.reporting import leaderboard, table
+from draftsmith.heads.acceptance import Acceptance, AcceptanceGate
+from draftsmith.heads.draft_model import DraftModel
+from draftsmith.reporting import gates, leaderboard, table
 from draftsmith.roles import Drafter
 
 if TYPE_CHECKING:
@@ -45,6 +51,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     decoding = config.typed(cfg.decoding, DecodingConfig, "decoding")
     prompts = config.typed(cfg.prompts, PromptsConfig, "prompts")
     baselines = config.typed(cfg.baselines, BaselinesConfig, "baselines")
+    gate = config.typed(cfg.get("gate"), GateConfig, "gate") if cfg.get("gate") is not None else None
     own = {k: cfg[k] for k in ("load", "repeats", "batch_sizes", "batch_prompts", "threads", "device")}
     settings = config.typed(own, EvaluateConfig, "evaluate")
     run_dir = config.run_dir(cfg, "evaluate")
@@ -53,13 +60,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     chat = cfg.chat or (of_run or {}).get("data", {}).get("chat") or {}
     told = config.typed(chat, ChatConfig, "chat")
 
-    from draftsmith.exporters import native
-
     settings.apply()
     base = prepare.load_base(base_config, settings.device)
-    heads = {name: native.load(f, base.spec, device=base.device) for name, f in folders.items()}
+    around = Beside.of(around_of(cfg, of_run), base)
+    heads = {name: around.load(f) for name, f in folders.items()}
     asked, source = held_out(base, prompts, of_run, told, base.spec.max_positions - decoding.max_new_tokens)
-    found = judged(base, heads, asked, decoding, baselines, settings)
+    found = judged(base, heads, asked, decoding, baselines, settings, gate, around.companion)
     dtype = str(base.dtype).removeprefix("torch.")
     how = {"prompts": source, "repeats": settings.repeats, "threads": settings.threads, "device": str(base.device)}
     result = {
@@ -72,8 +78,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     artifacts.write_json(run_dir / "evaluation.json", result)
     prepare.say(table.evaluation(result))
     prepare.say(f"-> {run_dir / 'evaluation.json'}")
-    if len(heads) > 1:
+    if len(found["heads"]) > 1:
         prepare.say(leaderboard.write(run_dir, leaderboard.entries(found["heads"])))
+    if any("gate" in head for head in found["heads"].values()):
+        prepare.say(gates.write(run_dir, found["heads"]))
     check_proofs(found, dtype, run_dir / "evaluation.json")
     return result
 
@@ -85,8 +93,11 @@ def judged(
     decoding: DecodingConfig,
     baselines: BaselinesConfig,
     settings: EvaluateConfig,
+    gate: GateConfig | None = None,
+    companion: BaseLM | None = None,
 ) -> dict[str, Any]:
-    """What the referee finds of these heads, with how large each is."""
+    """What the referee finds of these heads, with how large each is; of gates, between which bounds they stand; of
+    primers, what they cost and save."""
     referee = Referee(
         base,
         decoding,
@@ -94,21 +105,74 @@ def judged(
         base.eos_ids,
         lambda p: base.generate([list(p)], max_new_tokens=decoding.max_new_tokens)[0],
         _rescorer(base),
+        None if companion is None else DraftModel(companion, DEPTH),
         settings.repeats,
         settings.batch_sizes,
         settings.batch_prompts,
     )
-    drafters = {name: cast(Drafter, head) for name, head in heads.items() if head.role == "drafter"}
-    found = referee.evaluate(drafters, asked)
-    for name, head in heads.items():
-        found["heads"][name]["parameters"] = sum(p.numel() for p in head.parameters())
+    own = contenders(referee, heads, gate)
+    found = referee.evaluate(own, asked)
+    for name in own:
+        found["heads"][name]["parameters"] = sum(p.numel() for p in heads[name].parameters())
+        if heads[name].role == "gate":
+            found["heads"][name]["gate"] = of_gate(referee, cast(Acceptance, heads[name]), gate, asked)
     return found
+
+
+def contenders(referee: Referee, heads: Mapping[str, Head], gate: GateConfig | None) -> dict[str, Contender]:
+    """Drafters, under the gate that was asked for; gates with the drafter each was trained for."""
+    found = {}
+    for name, head in heads.items():
+        if head.role == "drafter":
+            maker = None if gate is None else without_weights(gate)
+            found[name] = referee.contender(cast(Drafter, head), gate=maker)
+        elif head.role == "gate":
+            if gate is not None and gate.kind != "acceptance":
+                raise ConfigError(f"gate={gate.kind}: {name} is a gate itself; give gate=acceptance, or none")
+            own = trained(cast(Acceptance, head), gate)
+            found[name] = referee.contender(head.beside, own.head.config.max_depth, lambda p, a, own=own: own)
+    return found
+
+
+def without_weights(gate: GateConfig) -> MakeGate:
+    if gate.kind == "fixed":
+        return lambda prompt, answer: Fixed(gate.depth)
+    if gate.kind == "confidence":
+        return lambda prompt, answer: Confidence(cast(float, gate.threshold))
+    if gate.kind == "oracle":
+        return lambda prompt, answer: Oracle([*prompt, *answer])
+    raise ConfigError("gate=acceptance: a trained one is wanted; load=[…] its folder, alone or beside others")
+
+
+def trained(head: Acceptance, gate: GateConfig | None) -> AcceptanceGate:
+    return head.gate(gate.threshold, gate.min_depth) if gate else head.gate()
+
+
+def of_gate(referee: Referee, head: Acceptance, gate: GateConfig | None, asked: list[list[int]]) -> dict[str, Any]:
+    """A gate between its bounds, and whether its chances are true, on these prompts."""
+    own = trained(head, gate)
+    judge = gating.Judge(referee.base, head.beside, min(head.beside.max_depth, head.config.max_depth), referee.how)
+    hearing = gating.Hearing(head.chances)
+    judge.run(hearing, asked, hearing.watch)
+    return {
+        "threshold": own.threshold,
+        "min_depth": own.min_depth,
+        **judge.bounds(own, asked),
+        "calibration": gating.calibration(hearing.said, hearing.right),
+    }
+
+
+def around_of(cfg: DictConfig, of_run: dict[str, Any] | None) -> Mapping[str, Any]:
+    """companion and drafter of this command line, else the run's."""
+    if cfg.get("companion") is not None or cfg.drafter is not None or of_run is None:
+        return {"companion": cfg.get("companion"), "drafter": cfg.drafter}
+    return {"companion": of_run.get("companion"), "drafter": of_run.get("drafter")}
 
 
 def check_proofs(found: Mapping[str, Any], dtype: str, written: Path) -> None:
     """NumericsError if a base in fp32 or more did not keep its own tokens."""
-    proofs = {HF: found[HF]["lossless"], **{name: h["lossless"] for name, h in found["heads"].items()}}
-    wrong = [name for name, proof in proofs.items() if not proof["ok"]]
+    proofs = {n: r["lossless"] for n, r in [*found["heads"].items(), *([(HF, found[HF])] if HF in found else [])]}
+    wrong = [name for name, proof in proofs.items() if proof and not proof["ok"]]
     if wrong and dtype in ("float32", "float64"):
         raise NumericsError(f"{', '.join(wrong)}: the output differs from the base's own; see {written}")
     if wrong:

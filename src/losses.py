@@ -338,6 +338,19 @@ def linear_soft_cross_entropy(
     return SoftOut(*_LinearSoftCrossEntropy.apply(plan, x_KND, *params.values()))
 
 
+def acceptance_loss(logits_N: Tensor, accept_N: Tensor, reject_weight: float) -> Tensor:
+    """Sum of -[w (1 - a) log(1 - s) + a log s], s = sigmoid(logit) the predicted and a the true chance of acceptance
+    (SpecDec++, arXiv 2405.19715, eq. of its weighted loss)."""
+    return (reject_weight * (1 - accept_N) * F.softplus(logits_N) + accept_N * F.softplus(-logits_N)).sum()
+
+
+def bernoulli_kl(logits_N: Tensor, accept_N: Tensor) -> Tensor:
+    """Sum of KL(Bernoulli(a) || Bernoulli(s)), s = sigmoid(logit)."""
+    cross = (1 - accept_N) * F.softplus(logits_N) + accept_N * F.softplus(-logits_N)
+    entropy = torch.special.entr(accept_N) + torch.special.entr(1 - accept_N)
+    return (cross - entropy).sum()
+
+
 def feature_distance(x_ND: Tensor, target_ND: Tensor) -> Tensor:
     """SmoothL1 (beta 1), averaged over D and summed over rows; a scalar, fp32 at least."""
     exact = torch.promote_types(x_ND.dtype, torch.float32)

@@ -152,7 +152,7 @@ class State:
     kv: the base's, every emitted token but the root; a drafter that runs base blocks leaves their slots in it and
     says so in Proposal.entered. head_kv: the drafter's own, made and kept by it between steps; it holds emitted
     tokens only, since `seen` brings the truth about every position that was accepted.
-    gate: who ends drafting early. temperature: of the text; generator: what a drafter that draws draws with.
+    copies: B. gate: who ends drafting early. temperature: of the text; generator: what a drafter that draws draws with.
     """
 
     tokens: list[int]
@@ -161,6 +161,7 @@ class State:
     shape: TreeShape
     kv: KV | None = None
     head_kv: KV | None = None
+    copies: int = 1
     gate: Gate | None = None
     temperature: float = 0.0
     generator: torch.Generator | None = None

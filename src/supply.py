@@ -35,13 +35,32 @@ def is_rows(path: str | Path | None) -> bool:
     return bool(path) and sources.published_as(Path(str(path))) == "rows"
 
 
-def check(data: DataConfig) -> None:
+def check_labels(data: DataConfig, base: BaseLM, companion: BaseLM) -> None:
+    """DataError unless data.path is a folder of acceptance labels of this base and this companion."""
+    from draftsmith.data.labels import PLAN
+
+    folder = Path(str(data.path))
+    if data.path is None or sources.published_as(folder) != "labels":
+        raise DataError(
+            f"data.path: {data.path} holds no labels; beside a draft model a gate learns from what draftsmith label"
+            " writes"
+        )
+    facts, plan = artifacts.read_json(folder / artifacts.MANIFEST), artifacts.read_json(folder / PLAN)
+    if facts.get("labels", {}).get("kind") != "acceptance":
+        raise DataError(f"{folder}: labels of kind {facts.get('labels', {}).get('kind')}; a gate wants acceptance")
+    for name, now in (("base", base), ("companion", companion)):
+        if plan.get(name, {}).get("weights_sha256") != now.weights_sha256():
+            made = facts.get(name, {}).get("path")
+            raise DataError(f"{folder}: its labels were made with another {name} ({made}); label again with this one")
+
+
+def check(data: DataConfig, *, labels: bool = False) -> None:
     """DataError for local sources that are not there or are something else, before anything is loaded."""
     own = SourceConfig(path=data.validation.path) if data.validation.path else None
     for source in [*data.chosen.values(), *([own] if own else [])]:
         if source.path and (Path(source.path) / journal.ASKED).is_dir() and not is_rows(source.path):
             raise DataError(f"{source.path}: its rows are not complete; start that draftsmith distill again first")
-        sources.check(source)
+        sources.check(source, labels=labels)
 
 
 def content(data: DataConfig) -> dict[str, str | None]:

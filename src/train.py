@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from draftsmith import artifacts, config, prepare, supply
+from draftsmith.beside import Beside, told
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError, DataError, NumericsError
 from draftsmith.training import strategy
@@ -33,8 +34,9 @@ def run(cfg: DictConfig) -> Path:
     prepare.check_seed(cfg.seed)
     chosen = heads_of(cfg)
     check_company(chosen, base_config, cfg.start_from)
+    check_beside(chosen, cfg.get("companion"), cfg.drafter)
     check_groups(settings.optimizer.heads, [*chosen, *(["base"] if base_config.lora else [])])
-    supply.check(data)
+    supply.check(data, labels=cfg.get("companion") is not None)
     run_dir = config.run_dir(cfg, "train")
     first = strategy.is_first_process()
     begun = artifacts.is_complete(run_dir, manifest="COMPLETE.json") or any((run_dir / "checkpoints").glob("step-*"))
@@ -87,30 +89,40 @@ def _run(
     if base_config.lora is not None:
         new_adapter(base, base_config.lora, cfg.seed)
     before = base.weights_sha256()
-    chosen_rows = rows_for(data, base)
+    around = Beside.of(cfg, base)
+    besides = {name: around.of_kind(kind) for name, (kind, _) in chosen.items()}
+    chosen_rows = rows_for(data, base, _labeller(besides, chosen))
     counts = chosen_rows.training.token_counts(base.spec.vocab_size, chosen_rows.weights_N)
     counts_V = torch.from_numpy(counts)
-    heads = {name: new_head(kind, own, name, base, cfg.seed, counts_V) for name, (kind, own) in chosen.items()}
+    heads = {n: new_head(kind, own, n, base, cfg.seed, counts_V, besides[n]) for n, (kind, own) in chosen.items()}
     for name, folder in (cfg.start_from or {}).items():
         start(name, heads[name], Path(folder), base)
     if base_config.lora is not None and not cfg.start_from:
         prepare.say("note: the adapter learns beside heads that know nothing yet; start_from names trained ones")
     ties = {"base": " ".join([before, base.spec.adapter_sha256]).strip(), "rows": chosen_rows.training.sha256()}
+    others = {name: told(other, cfg.drafter) for name, other in besides.items() if other is not None}
+    ties |= {f"beside {name}": other["sha256"] for name, other in others.items()}
     _fit(base, heads, chosen_rows, data, run_dir, cfg.seed, settings, ties)
     if base.weights_sha256() != before:
         raise NumericsError("base: its weights changed during training; nothing was exported")
     if strategy.is_first_process():
         facts = {"rows": len(chosen_rows.training), "funnel": chosen_rows.funnel, "sha256": ties}
-        _finish(run_dir, heads, base, prepare.provenance(cfg, **facts), source)
+        _finish(run_dir, heads, base, prepare.provenance(cfg, **facts), source, others)
 
 
-def rows_for(data: DataConfig, base: BaseLM) -> Chosen:
-    """The rows to train on and those to measure, made first if they are not there; tells what was left out."""
+def rows_for(data: DataConfig, base: BaseLM, labeller: BaseLM | None = None) -> Chosen:
+    """The rows to train on and those to measure, made first if they are not there; tells what was left out. labeller:
+    the draft model whose drafts the rows are to have labels of."""
     from draftsmith.data import importing
     from draftsmith.data.funnel import table
     from draftsmith.data.rows import read_folder
+    from draftsmith.data.sources import published_as
 
-    rows, facts = read_folder(supply.rows_of(data, base), base.spec)
+    if labeller is not None:
+        supply.check_labels(data, base, labeller)
+    elif data.path and published_as(Path(data.path)) == "labels":
+        raise DataError(f"data.path: {data.path} holds labels, with drawn tokens in the text; give the rows themselves")
+    rows, facts = read_folder(Path(str(data.path)) if labeller is not None else supply.rows_of(data, base), base.spec)
     if facts.get("weights_sha256", base.weights_sha256()) != base.weights_sha256():
         prepare.say(
             f"warning: {data.path}: another base ({facts['base']['path']}) answered these rows; a head learns most"
@@ -160,6 +172,27 @@ def check_company(chosen: dict[str, tuple[type[Head], Any]], base: prepare.BaseC
     for name in start_from or {}:
         if name not in chosen:
             raise ConfigError(f"start_from.{name}: no such head is trained; there are {', '.join(chosen)}")
+
+
+def check_beside(chosen: dict[str, tuple[type[Head], Any]], companion: Any, drafter: str | None) -> None:
+    """Whoever stands beside the base is there for somebody."""
+    wanted = {kind.wants for kind, _ in chosen.values()}
+    if drafter is not None and "drafter" not in wanted:
+        raise ConfigError(f"drafter: none of {', '.join(chosen)} judges drafts; leave it out, or train head=acceptance")
+    if companion is not None and not wanted - {""}:
+        raise ConfigError(f"companion: none of {', '.join(chosen)} looks at a second language model; leave it out")
+
+
+def _labeller(besides: dict[str, Any], chosen: dict[str, tuple[type[Head], Any]]) -> BaseLM | None:
+    """The draft model whose drafts are judged, if that is what is trained; its rows are nobody else's."""
+    judging = [name for name, (kind, own) in chosen.items() if kind.reads_labels(own, besides[name])]
+    others = sorted(set(chosen) - set(judging))
+    if judging and others:
+        raise ConfigError(
+            f"head: {judging[0]} learns from rows with drawn tokens in them, so {', '.join(others)} cannot share its"
+            " forward; train them apart"
+        )
+    return besides[judging[0]].companion if judging else None
 
 
 def check_groups(given: Iterable[str], trained: Sequence[str]) -> None:
@@ -234,20 +267,28 @@ def _fit(
         return RowsModule(rows.training, start=start, stop=stop, **more, **layout)
 
     every = data.validation.every if len(rows.validation) else None
-    told: dict[str, Any] = {"run_dir": run_dir, "steps": steps, "seed": seed, "settings": settings, "ties": ties}
-    fit.fit(base, heads, serve, validate_every=every, **told)
+    how: dict[str, Any] = {"run_dir": run_dir, "steps": steps, "seed": seed, "settings": settings, "ties": ties}
+    fit.fit(base, heads, serve, validate_every=every, **how)
 
 
-def _finish(run_dir: Path, heads: dict[str, Head], base: BaseLM, facts: dict[str, Any], source: str | None) -> None:
+def _finish(
+    run_dir: Path,
+    heads: dict[str, Head],
+    base: BaseLM,
+    facts: dict[str, Any],
+    source: str | None,
+    others: dict[str, dict[str, Any]],
+) -> None:
     """The native exports, provenance.json and, last, the mark that the run is complete."""
     from draftsmith.exporters import native
 
-    told = {name: facts[name] for name in ("rows", "seed", "identity")}
+    training = {name: facts[name] for name in ("rows", "seed", "identity")}
     if base.adapter is not None:
         base.name_adapter()
     for name, head in heads.items():
         head.spec = base.spec
-        native.save(run_dir / "heads" / name, head, name=name, training=told, adapter=base.adapter)
+        beside: dict[str, Any] = {"beside": others.get(name)}
+        native.save(run_dir / "heads" / name, head, name=name, training=training, adapter=base.adapter, **beside)
     artifacts.write_json(run_dir / "provenance.json", facts)
     artifacts.write_json(run_dir / "COMPLETE.json", {"heads": sorted(heads), "data_sha256": source})
     prepare.say(f"heads -> {run_dir / 'heads'}")

@@ -204,11 +204,13 @@ class Rows(Sequence[Row]):
         return [self.ids[begin:end].tobytes() for begin, end in ends]
 
     def sha256(self) -> str:
-        """Hash of ids and masks, row by row."""
+        """Hash of ids, masks and labels, row by row."""
         digest = hashlib.sha256(self.lengths_N.astype(np.int64).tobytes())
         for begin, end in zip(self.begins_N.tolist(), self.ends_N.tolist(), strict=True):
             digest.update(self.ids[begin:end].tobytes())
             digest.update(self.mask[begin:end].tobytes())
+            if self.labels is not None:
+                digest.update(self.labels[begin:end].tobytes())
         return digest.hexdigest()
 
 

@@ -63,13 +63,13 @@ class SourceConfig:
             raise ConfigError(f"limit={self.limit}: give at least 1, or null for all")
 
 
-def check(source: SourceConfig) -> None:
-    """DataError if a local source is not there, or is something else of ours than rows: asked before anything is
-    loaded."""
+def check(source: SourceConfig, *, labels: bool = False) -> None:
+    """DataError if a local source is not there, or is something else of ours than rows (or labels, where they are
+    wanted): asked before anything is loaded."""
     if source.path is not None:
         for folder in {p.parent for p in files(source.path, source.split)}:
             kind = published_as(folder)
-            if kind not in (None, "rows"):
+            if kind not in (None, "rows") and not (labels and kind == "labels"):
                 raise DataError(f"{folder}: holds {kind}, not rows")
 
 

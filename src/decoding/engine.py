@@ -127,7 +127,7 @@ class _Run:
         capture = self.base.capture(self.asked, tokens_BT, kv=self.kv)
         last = capture.at(torch.tensor([tokens_BT.shape[1] - 1], device=self.device))
         root = int(self.chance.choose(_logits(self.base, last), [len(prompt) - 1]))
-        told = (self.gate, self.chance.temperature, self.chance.generator)
+        told = (self.copies, self.gate, self.chance.temperature, self.chance.generator)
         seen = _only(capture, self.drafter.needs)
         self.state = State([*prompt, root], root, seen, self.shape, self.kv, None, *told)
         before, self.now = self.now, self.clock()

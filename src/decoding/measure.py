@@ -18,18 +18,23 @@ from draftsmith.contracts import BaseView
 from draftsmith.decoding.engine import generate
 from draftsmith.decoding.lossless import Lossless, compare
 from draftsmith.decoding.stats import Stats
-from draftsmith.roles import Drafter, TreeShape
+from draftsmith.roles import Drafter, Gate, TreeShape
 
 PAST = 16  # tokens of the base's text beyond the cut that an oracle may draft from
 
 Make = Callable[[Sequence[int], Sequence[int]], Drafter | None]
 """(prompt, the base's own continuation) -> the drafter for this prompt; None decodes without one."""
 
+MakeGate = Callable[[Sequence[int], Sequence[int]], Gate]
+
 
 @dataclass(frozen=True)
 class Contender:
+    """gate: of this prompt, where there is one."""
+
     make: Make
     shape: TreeShape | None = None
+    gate: MakeGate | None = None
 
 
 @dataclass
@@ -54,6 +59,8 @@ def measure(
     max_new_tokens: int,
     eos_ids: frozenset[int],
     repeats: int,
+    temperature: float = 0.0,
+    seed: int = 0,
     copies: int = 1,
 ) -> dict[str, Result]:
     """Results of "autoregressive" (our engine without a drafter), the contenders and the outside generators.
@@ -69,8 +76,10 @@ def measure(
     def decode(prompt: Sequence[int], contender: Contender | None, reference: Sequence[int]) -> Any:
         drafter = contender.make(prompt, reference) if contender else None
         shape = contender.shape if contender and drafter else None
+        gate = contender.gate(prompt, reference) if contender and contender.gate else None
         limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
-        return generate(base, prompt, drafter=drafter, shape=shape, copies=copies, **limits)
+        text: dict[str, Any] = {"temperature": temperature, "seed": seed}
+        return generate(base, prompt, drafter=drafter, shape=shape, gate=gate, copies=copies, **limits, **text)
 
     names = list(results)
     for number, prompt in enumerate(prompts):
@@ -79,7 +88,7 @@ def measure(
             for name in names:
                 outside[name](prompt) if name in outside else decode(prompt, contenders.get(name), reference)
         text = [*prompt, *reference]  # what an oracle needs at the end: some tokens past the cut
-        if len(text) <= base.spec.max_positions:
+        if not temperature and len(text) <= base.spec.max_positions:
             reference = reference + generate(base, text, max_new_tokens=PAST).tokens
         times: dict[str, list[float]] = {name: [] for name in results}
         for again in range(repeats):
@@ -124,9 +133,11 @@ def lossless(
         ) -> Sequence[int]:
             if len(prefix) == len(prompt):
                 return first
-            drafter = contender.make(prefix, [])
-            out = generate(base, prefix, drafter=drafter, shape=contender.shape, max_new_tokens=limit, eos_ids=eos_ids)
-            return out.tokens
+            gate = contender.gate(prefix, []) if contender.gate else None
+            told: dict[str, Any] = {"max_new_tokens": limit, "eos_ids": eos_ids}
+            return generate(
+                base, prefix, drafter=contender.make(prefix, []), shape=contender.shape, gate=gate, **told
+            ).tokens
 
         total += compare(prompt, reference, decode, rescore, max_new_tokens=max_new_tokens)
     return total

@@ -16,41 +16,50 @@ from draftsmith.contracts import BaseView
 from draftsmith.decoding import measure
 from draftsmith.decoding.drafters.oracle import Oracle, OracleConfig
 from draftsmith.decoding.drafters.prompt_lookup import PromptLookup, PromptLookupConfig
-from draftsmith.decoding.measure import Contender, Result
-from draftsmith.decoding.tree import TreeConfig
+from draftsmith.decoding.measure import Contender, MakeGate, Result
+from draftsmith.decoding.tree import TreeConfig, chain
 from draftsmith.errors import ConfigError
 from draftsmith.roles import Drafter
 
 HF = "hf_generate"
 PLAIN = "autoregressive"
-COMPANY = ("prompt_lookup", "oracle")
+COMPANY = ("prompt_lookup", "draft_model", "oracle")
 
 
 @dataclass(frozen=True)
 class DecodingConfig(TreeConfig):
+    """temperature 0 is greedy. seed: of the sampling."""
+
     temperature: float = 0.0
+    seed: int = 0
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature != 0:
-            raise ConfigError(f"temperature={self.temperature}: only greedy decoding (0) is built so far")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature={self.temperature}: give 0 for greedy decoding, or a positive number")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens}: give at least 1")
 
 
 @dataclass(frozen=True)
 class BaselinesConfig:
-    """The training-free company. oracle_depth: null = as deep as the deepest head."""
+    """The company. oracle_depth: null = as deep as the deepest head. draft_depth: of the companion as a draft model."""
 
     prompt_lookup: PromptLookupConfig = field(default_factory=PromptLookupConfig)
     oracle_depth: int | None = None
+    draft_depth: int = 4
+
+    def __post_init__(self) -> None:
+        if self.draft_depth < 1:
+            raise ConfigError(f"draft_depth={self.draft_depth}: give at least 1 drafted token")
 
 
 @dataclass
 class Referee:
     """hugging_face(prompt ids) -> new ids by transformers' own generate; rescore(ids) -> fp64 logits [V] of
-    the next token, the judge of near ties. batch_sizes beyond 1 are measured on the first batch_prompts prompts."""
+    the next token, the judge of near ties. companion: the draft model, where there is one. batch_sizes beyond 1 are
+    measured on the first batch_prompts prompts."""
 
     base: BaseView
     decoding: DecodingConfig
@@ -58,24 +67,31 @@ class Referee:
     eos_ids: frozenset[int]
     hugging_face: Callable[[Sequence[int]], list[int]]
     rescore: Callable[[list[int]], Tensor]
+    companion: Drafter | None = None
     repeats: int = 3
     batch_sizes: Sequence[int] = (1,)
     batch_prompts: int = 8
 
-    def evaluate(self, drafters: Mapping[str, Drafter], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """The parts autoregressive, hf_generate, baselines and heads of evaluation.json."""
-        own = {n: Contender(_always(d), self.decoding.shape(d.max_depth)) for n, d in drafters.items()}
+    @property
+    def how(self) -> dict[str, Any]:
+        """What every measurement here has in common."""
+        d = self.decoding
+        limits = {"max_new_tokens": d.max_new_tokens, "eos_ids": self.eos_ids, "repeats": self.repeats}
+        return {**limits, "temperature": d.temperature, "seed": d.seed}
+
+    def contender(self, drafter: Drafter, depth: int | None = None, gate: MakeGate | None = None) -> Contender:
+        """The drafter with the decoding's tree, at most `depth` deep."""
+        reach = drafter.max_depth if depth is None else min(depth, drafter.max_depth)
+        return Contender(always(drafter), self.decoding.shape(reach), gate)
+
+    def evaluate(self, own: Mapping[str, Contender], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The parts autoregressive, hf_generate, baselines and heads of evaluation.json. Sampled text is compared with
+        nobody's: Hugging Face's generate draws other numbers, and so does a draft model."""
+        greedy = not self.decoding.temperature
         company = self._company(own)
-        results = measure.measure(
-            self.base,
-            prompts,
-            {**own, **company},
-            {HF: self.hugging_face},
-            max_new_tokens=self.decoding.max_new_tokens,
-            eos_ids=self.eos_ids,
-            repeats=self.repeats,
-        )
-        plain, hf = results[PLAIN], results[HF]
+        outside = {HF: self.hugging_face} if greedy else {}
+        results = measure.measure(self.base, prompts, {**own, **company}, outside, **self.how)
+        plain = results[PLAIN]
         by_batch = self._by_batch(own, prompts)
         heads = {}
         for name, contender in own.items():
@@ -83,30 +99,33 @@ class Referee:
             heads[name] = {
                 **self._described(results[name], plain),
                 "tree": {"nodes": len(contender.shape.parents_N), "depth": contender.shape.depth},
-                "lossless": self._proof(name, contender, prompts, results, (PLAIN, HF)),
+                "lossless": self._proof(name, contender, prompts, results, (PLAIN, HF)) if greedy else None,
                 "by_batch": {str(size): told[name] for size, told in by_batch.items()},
             }
-        return {
+        told = {
             "autoregressive": {
                 "tokens_per_second": plain.tokens_per_second,
                 "tokens": sum(map(len, plain.tokens)),
                 "distinct_4": measure.distinct(plain.tokens),
             },
-            HF: {
-                "tokens_per_second": hf.tokens_per_second,
-                "lossless": self._proof(PLAIN, Contender(_always(None)), prompts, results, (HF,)),
-            },
             "baselines": {name: self._described(results[name], plain) for name in company},
             "heads": heads,
         }
+        if greedy:
+            proof = self._proof(PLAIN, Contender(lambda prompt, answer: None), prompts, results, (HF,))
+            told[HF] = {"tokens_per_second": results[HF].tokens_per_second, "lossless": proof}
+        return told
 
     def _company(self, own: Mapping[str, Contender]) -> dict[str, Contender]:
+        """Prompt look-up, the companion as a draft model, and who was told the text (of a greedy one)."""
         deepest = max((c.shape.depth for c in own.values() if c.shape), default=4)
         oracle = OracleConfig(self.baselines.oracle_depth or deepest)
-        return {
-            "prompt_lookup": Contender(_always(PromptLookup(self.baselines.prompt_lookup))),
-            "oracle": Contender(lambda prompt, answer: Oracle(oracle, [*prompt, *answer])),
-        }
+        company = {"prompt_lookup": Contender(always(PromptLookup(self.baselines.prompt_lookup)))}
+        if self.companion is not None:
+            company["draft_model"] = Contender(always(self.companion), chain(self.baselines.draft_depth))
+        if not self.decoding.temperature:
+            company["oracle"] = Contender(lambda prompt, answer: Oracle(oracle, [*prompt, *answer]))
+        return company
 
     def _by_batch(
         self, own: Mapping[str, Contender], prompts: Sequence[Sequence[int]]
@@ -120,10 +139,8 @@ class Referee:
                 prompts[: self.batch_prompts],
                 own,
                 {},
-                max_new_tokens=self.decoding.max_new_tokens,
-                eos_ids=self.eos_ids,
-                repeats=self.repeats,
                 copies=size,
+                **self.how,
             )
             found[size] = {name: self._gain(results[name], results[PLAIN]) for name in own}
         return found
@@ -170,5 +187,5 @@ class Referee:
         return {**vars(worst), "ok": all(c.ok for c in compared), "against": list(against)}
 
 
-def _always(drafter: Drafter | None) -> measure.Make:
+def always(drafter: Drafter) -> measure.Make:
     return lambda prompt, answer: drafter

@@ -29,9 +29,19 @@ WEIGHTS = "model.safetensors"
 TIES = ("family", "hidden_size", "vocab_size", "num_layers", "tokenizer_sha256", "adapter_sha256")
 
 
-def save(folder: Path, head: Head, *, name: str, training: dict[str, Any] | None = None, adapter: Any = None) -> Path:
+def save(
+    folder: Path,
+    head: Head,
+    *,
+    name: str,
+    training: dict[str, Any] | None = None,
+    adapter: Any = None,
+    beside: dict[str, Any] | None = None,
+    tuned: dict[str, Any] | None = None,
+) -> Path:
     """Publishes the head whole or not at all. `training` is told in the config and the card. adapter: the base's, if
-    it was trained with the head; it goes into the folder `adapter`, in peft's format."""
+    it was trained with the head; it goes into the folder `adapter`, in peft's format. beside: who stood beside the
+    base, without whom a gate means nothing. tuned: how its threshold was chosen."""
     kind = type(head)
     described = {
         "format": FORMAT,
@@ -48,6 +58,8 @@ def save(folder: Path, head: Head, *, name: str, training: dict[str, Any] | None
             "logits": head.needs.logits,
             "convention": "hidden[l] leaves block l-1 (0 = embeddings), before the final norm; final is after it",
         },
+        "beside": beside or {},
+        "tuned": tuned or {},
         "training": training or {},
     }
     tensors = {k: v.detach().clone().contiguous() for k, v in head.state_dict().items()}

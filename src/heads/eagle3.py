@@ -23,7 +23,7 @@ final norm and the block above the high tap, deaf to the token: from the last bu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -31,13 +31,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
+from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Drafted, Head, LossOut, Needs
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import MLP, Attention, as_head, final_norm_weight
 from draftsmith.heads.drafting import Ancestors, fill
-from draftsmith.losses import linear_soft_cross_entropy
+from draftsmith.losses import linear_cross_entropy, linear_soft_cross_entropy
 from draftsmith.roles import Level, Proposal, State
 from draftsmith.targets import Lessons, future_tokens, lessons
+
+Slots = list[tuple[Tensor, Tensor]]
+"""(keys, values) of steps 0, 1, …, [B, H_kv, T, d] each, the newest last."""
 
 
 @dataclass(frozen=True)
@@ -164,23 +167,39 @@ class Eagle3(Head):
         hidden_BQD = self.midlayer(self.embed(base, tokens_BQ), feature_BQD, attend)
         return self.lm_head(self.norm(hidden_BQD)), hidden_BQD
 
-    def unroll(self, base: BaseView, seen: Capture, batch: Batch) -> list[Tensor]:
-        """h^s_BTD of every step of the training-time test. Where a document ends before x_{t+1+s} the value means
-        nothing, and no target looks at it."""
-        visible_BTT, past, outputs = batch.visible(), [], []
-        feature_BTD = self.fuse(seen)
+    def step(
+        self,
+        base: BaseView,
+        feature_BTD: Tensor,
+        tokens_BT: Tensor,
+        past: Slots,
+        positions_BT: Tensor,
+        visible_BTT: Tensor,
+    ) -> tuple[Tensor, Slots]:
+        """h^s_BTD of step s = len(past) if it reads these tokens, and the slots of all steps with its own."""
+        slots = list(past)
+
+        def attend(x: Tensor) -> Tensor:
+            attention = self.midlayer.self_attn
+            q, k, v = attention.project(x, positions_BT + len(past))
+            slots.append((k, v))
+            return attention.join(over_slots(q, slots, visible_BTT))
+
+        return self.midlayer(self.embed(base, tokens_BT), feature_BTD, attend), slots
+
+    def steps(self, base: BaseView, seen: Capture, batch: Batch) -> Iterator[tuple[Tensor, Slots]]:
+        """`step` after `step` of the training-time test, on the row's own tokens. Where a document ends before
+        x_{t+1+s} the value means nothing, and no target looks at it."""
+        feature_BTD, visible_BTT = self.fuse(seen), batch.visible()
+        past: Slots = []
         for s in range(self.config.depth):
             tokens_BT, _ = future_tokens(batch.tokens_BT, batch.documents_BT, s + 1)
+            feature_BTD, past = self.step(base, feature_BTD, tokens_BT, past, batch.positions_BT, visible_BTT)
+            yield feature_BTD, past
 
-            def attend(x: Tensor, s: int = s) -> Tensor:
-                attention = self.midlayer.self_attn
-                q, k, v = attention.project(x, batch.positions_BT + s)
-                past.append((k, v))
-                return attention.join(over_slots(q, past, visible_BTT))
-
-            feature_BTD = self.midlayer(self.embed(base, tokens_BT), feature_BTD, attend)
-            outputs.append(feature_BTD)
-        return outputs
+    def unroll(self, base: BaseView, seen: Capture, batch: Batch) -> list[Tensor]:
+        """h^s_BTD of every step."""
+        return [feature_BTD for feature_BTD, _ in self.steps(base, seen, batch)]
 
     def loss(self, base: BaseView, seen: Capture, batch: Batch, *, measure: bool = True) -> LossOut:
         """Weighted CE over the steps. Metrics per depth k = 1..: loss/k, top1/k against the row's own token,
@@ -221,6 +240,28 @@ class Eagle3(Head):
         in_a_row = taught.at_students(right_KN, batch.tokens_BT).cumprod(0).sum()
         return {**found, "tokens_per_step": (counted_K[0] + in_a_row, counted_K[0])}
 
+    @torch.no_grad()
+    def drafted(self, base: BaseView, seen: Capture, batch: Batch) -> Drafted:
+        """What every step but the last drafts where it learns, and the output of the next one if it reads that."""
+        if self.config.depth == 1:
+            raise ConfigError("depth=1: drafts one token; there is nothing to stop")
+        ids_V, visible_BTT, at, tokens, hidden = self.ids_V, batch.visible(), [], [], []
+        taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, range(1, self.config.depth))
+        learned = zip(taught.counted_KN, taught.students_KN, strict=True)
+        for (counted_N, students_N), (feature_BTD, past) in zip(learned, self.steps(base, seen, batch), strict=False):
+            rows_M = counted_N.nonzero().squeeze(1)
+            at_M = students_N[rows_M]
+            x_MD, any_M = self.norm(feature_BTD.flatten(0, 1)[at_M]), torch.zeros_like(at_M)
+            _, best_M = linear_cross_entropy(x_MD, self.lm_head.weight, any_M)  # asked for its argmax alone
+            tokens_M = ids_V[best_M]
+            drafts_P = torch.zeros_like(batch.tokens_BT).flatten().index_put((at_M,), tokens_M)
+            drafts_BT = drafts_P.view_as(batch.tokens_BT)
+            next_BTD, _ = self.step(base, feature_BTD, drafts_BT, past, batch.positions_BT, visible_BTT)
+            at.append(taught.rows_N[rows_M])
+            tokens.append(tokens_M)
+            hidden.append(self.norm(next_BTD.flatten(0, 1)[at_M]))
+        return Drafted(torch.cat(at), torch.cat(tokens), torch.cat(hidden), 2)
+
     def propose(self, base: BaseView, state: State) -> Proposal:
         """Step 0 reads the accepted positions with the tokens that followed them, which the K/V keeps; the drafts'
         own slots stand behind them and are forgotten."""
@@ -251,9 +292,9 @@ class Eagle3(Head):
         return proposal
 
 
-def over_slots(q_BHTd: Tensor, past: list[tuple[Tensor, Tensor]], visible_BTT: Tensor) -> Tensor:
+def over_slots(q_BHTd: Tensor, past: Slots, visible_BTT: Tensor) -> Tensor:
     """Attention [B, H, T, d] of the newest step: over step 0's keys as `visible` says and over the later steps'
-    keys at the query's own slot. past: (k, v) of steps 0..s, [B, H_kv, T, d] each, the newest last."""
+    keys at the query's own slot."""
     (first_k, first_v), later = past[0], past[1:]
     groups = q_BHTd.shape[1] // first_k.shape[1]
     if not later:

@@ -23,6 +23,7 @@ scaled by the length of a document, which is what their padded sequence is here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
+from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Drafted, Head, LossOut, Needs
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import DecoderLayer, ResBlock, as_head
 from draftsmith.heads.drafting import fill
@@ -95,6 +96,16 @@ class Prefix(nn.Module):
         self, x_BQD: Tensor, positions_BQ: Tensor, mask_BQS: Tensor | None = None, kv: KV | None = None
     ) -> Tensor:
         return self.norm(self.layer(x_BQD, positions_BQ, mask_BQS, kv))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a head k reads where it learns: M of the positions of a batch, which are counted through all rows."""
+
+    rows_M: Tensor  # which of the batch's lessons
+    at_M: Tensor  # t
+    context_MD: Tensor
+    drafted_MkD: Tensor  # E(x_{t+1}), …, E(x_{t+k})
 
 
 @dataclass(frozen=True)
@@ -178,18 +189,25 @@ class Hydra(Head):
         bound_BT = self.config.noise_alpha * (lengths_BT * like_BTD.shape[-1]) ** -0.5
         return (torch.rand_like(like_BTD) * 2 - 1) * bound_BT[..., None].to(like_BTD.dtype)
 
-    def learnings(self, base: BaseView, final_BTD: Tensor, batch: Batch, taught: Lessons) -> list[Learning]:
-        """Of head 1..K: where it learns, what, and what it says there."""
+    def readings(self, base: BaseView, final_BTD: Tensor, batch: Batch, taught: Lessons) -> Iterator[Reading]:
+        """Of head 1, 2, …, as many as are taught."""
         context_PD, embedded_PD = (t.flatten(0, 1) for t in self.inputs(base, final_BTD, batch))
         places_BT = torch.arange(batch.tokens_BT.numel(), device=batch.tokens_BT.device).view_as(batch.tokens_BT)
-        ahead, found = [], []
-        for k in range(1, self.config.num_heads + 1):
+        ahead = []
+        for k, (counted_N, students_N) in enumerate(zip(taught.counted_KN, taught.students_KN, strict=True), start=1):
             ahead.append(future_tokens(places_BT, batch.documents_BT, k)[0].flatten())  # t + 1, …, t + k
-            rows_M = taught.counted_KN[k - 1].nonzero().squeeze(1)
-            at_M = taught.students_KN[k - 1, rows_M]
-            drafted_MkD = embedded_PD[torch.stack([places_P[at_M] for places_P in ahead], 1)]
-            hidden_MD = self.hidden(context_PD[at_M], drafted_MkD)
-            found.append(Learning(rows_M, at_M, taught.gold_N[rows_M], hidden_MD, self.drop(hidden_MD)))
+            rows_M = counted_N.nonzero().squeeze(1)
+            at_M = students_N[rows_M]
+            read_Mk = torch.stack([places_P[at_M] for places_P in ahead], 1)
+            yield Reading(rows_M, at_M, context_PD[at_M], embedded_PD[read_Mk])
+
+    def learnings(self, base: BaseView, final_BTD: Tensor, batch: Batch, taught: Lessons) -> list[Learning]:
+        """Of head 1..K: where it learns, what, and what it says there."""
+        found = []
+        for own in self.readings(base, final_BTD, batch, taught):
+            hidden_MD = self.hidden(own.context_MD, own.drafted_MkD)
+            target_M = taught.gold_N[own.rows_M]
+            found.append(Learning(own.rows_M, own.at_M, target_M, hidden_MD, self.drop(hidden_MD)))
         return found
 
     def teach(
@@ -261,6 +279,28 @@ class Hydra(Head):
         if soft is not None:
             metrics["floor"] = (self.config.teacher_weight * soft.floors_K.sum(), positions)
         return metrics
+
+    @torch.no_grad()
+    def drafted(self, base: BaseView, seen: Capture, batch: Batch) -> Drafted:
+        """What heads 1..K-1 draft where they learn, and the hidden state of the next head, which reads that."""
+        if self.config.num_heads == 1:
+            raise ConfigError("num_heads=1: drafts one token; there is nothing to stop")
+        ahead = range(1, self.config.num_heads)
+        taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, ahead)
+        at, tokens, hidden, training = [], [], [], self.training
+        self.eval()
+        try:
+            for k, own in enumerate(self.readings(base, cast(Tensor, seen.final), batch, taught)):
+                lm_head, gold_M = cast(nn.Linear, self.lm_heads[k]), taught.gold_N[own.rows_M]
+                h_MD = self.hidden(own.context_MD, own.drafted_MkD)
+                _, best_M = linear_cross_entropy(h_MD, lm_head.weight, gold_M, bias_V=lm_head.bias)
+                newest_M1D = as_head(base.embed(best_M[:, None]), self)
+                at.append(taught.rows_N[own.rows_M])
+                tokens.append(best_M)
+                hidden.append(self.hidden(own.context_MD, torch.cat([own.drafted_MkD, newest_M1D], 1)))
+        finally:
+            self.train(training)
+        return Drafted(torch.cat(at), torch.cat(tokens), torch.cat(hidden), 2)
 
     def context(self, base: BaseView, state: State) -> Tensor:
         """[B, D] at the last accepted position; the prefix layer reads all that are new, and keeps their K/V."""

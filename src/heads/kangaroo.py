@@ -25,11 +25,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
+from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Drafted, Head, LossOut, Needs
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import Attention, as_head, final_norm_weight, project
 from draftsmith.heads.drafting import Ancestors, fill
-from draftsmith.losses import linear_soft_cross_entropy
+from draftsmith.losses import linear_cross_entropy, linear_soft_cross_entropy
 from draftsmith.roles import Level, Partial, Proposal, State
 from draftsmith.targets import future_tokens, lessons
 
@@ -150,6 +150,35 @@ class Kangaroo(Head):
             kept = kept + start_BT.sum()
             start_BT = start_BT & future_tokens(sure_BT, batch.documents_BT, k - 1)[0]
         return positions + kept, positions
+
+    @torch.no_grad()
+    def drafted(self, base: BaseView, seen: Capture, batch: Batch) -> Drafted:
+        """What it drafts wherever it learns, and the adapter's output at a slot of its own that holds the draft: a row
+        and its drafts are read as one sequence, in which each draft sees what its position saw, and itself."""
+        if self.config.depth == 1:
+            raise ConfigError("depth=1: drafts one token; there is nothing to stop")
+        tokens_BT, visible_BTT = batch.tokens_BT, batch.visible()
+        taught = lessons(tokens_BT, batch.mask_BT, batch.documents_BT, [0])
+        at_M, weight_VD = taught.students_KN[0], base.lm_head_weight
+        adapted_BTD = self.adapt(seen.hidden[self.exit_layer], batch.positions_BT, visible_BTT)
+        _, best_M = linear_cross_entropy(
+            adapted_BTD.flatten(0, 1)[at_M].to(weight_VD.dtype),
+            weight_VD,
+            taught.gold_N,
+            bias_V=base.lm_head_bias,
+            softcap=base.lm_head_softcap,
+        )
+        drafts_BT = torch.zeros_like(tokens_BT).flatten().index_put((at_M,), best_M).view_as(tokens_BT)
+        next_BT, _ = future_tokens(batch.positions_BT, batch.documents_BT, 1)
+        own_BTT = torch.eye(tokens_BT.shape[1], dtype=torch.bool, device=tokens_BT.device).expand_as(visible_BTT)
+        above_BQS = torch.cat([visible_BTT, torch.zeros_like(own_BTT)], 2)
+        mask_BQS = torch.cat([above_BQS, torch.cat([visible_BTT, own_BTT], 2)], 1)
+        both_BQ, positions_BQ = torch.cat([tokens_BT, drafts_BT], 1), torch.cat([batch.positions_BT, next_BT], 1)
+        with torch.autocast(tokens_BT.device.type, enabled=False):  # the base as it is in decoding
+            wanted = Needs(frozenset({self.exit_layer}))
+            hidden_BQD = base.capture(wanted, both_BQ, positions_BQ=positions_BQ, mask_BQS=mask_BQS).hidden
+        read_BTD = self.adapt(hidden_BQD[self.exit_layer], positions_BQ, mask_BQS)[:, tokens_BT.shape[1] :]
+        return Drafted(taught.rows_N, best_M, read_BTD.flatten(0, 1)[at_M], 1)
 
     def propose(self, base: BaseView, state: State) -> Proposal:
         """The root and every drafted token run through the base's first blocks on the base's own K/V; the adapter

@@ -100,15 +100,22 @@ def _engine(
 
 
 def new_head(
-    kind: type[Head], config: Any, name: str, base: BaseView, seed: int, counts_V: torch.Tensor | None = None
+    kind: type[Head],
+    config: Any,
+    name: str,
+    base: BaseView,
+    seed: int,
+    counts_V: torch.Tensor | None = None,
+    beside: Any = None,
 ) -> Head:
-    """A head as it starts: random where it is random, from (seed, name) alone; the rest from the base and from how
-    often each token is learned."""
+    """A head as it starts: random where it is random, from (seed, name) alone; the rest from the base, from what
+    stands beside it and from how often each token is learned."""
     with rekeyed(seed, "initialisation", name):
         try:
-            head = kind(config, base.spec)
+            head = kind(kind.completed(config, base.spec, beside), base.spec)
         except ConfigError as e:
             raise ConfigError(f"heads.{name}: {e}") from None
+        head.attach(beside)
         head.initialise(base, counts_V)
     return head.to(base.lm_head_weight.device)
 

@@ -321,7 +321,7 @@ def test_the_sum_is_that_of_its_rows(variant: Variant, make: Any) -> None:
     base, head = make(variant)
     whole = a_batch(head.horizon)
     halves = [
-        Batch(**{k: v if k == "counts_K" else v[i : i + 1] for k, v in vars(whole).items()})
+        Batch(**{k: v if k == "counts_K" or v is None else v[i : i + 1] for k, v in vars(whole).items()})
         for i in range(len(whole.tokens_BT))
     ]
     sums = [loss_of(base, head, half) for half in halves]

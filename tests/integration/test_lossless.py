@@ -46,6 +46,10 @@ def referee(base: Any, rescore: Any, paths: list[list[int]] | None) -> Referee:
     )
 
 
+def evaluate(judge: Referee, drafters: dict[str, Any], prompts: list[list[int]]) -> dict[str, Any]:
+    return judge.evaluate({name: judge.contender(drafter) for name, drafter in drafters.items()}, prompts)
+
+
 def medusa(base: Any) -> Medusa:
     """As training starts: every head says what the base would say next."""
     head = Medusa(MedusaConfig(num_heads=3), base.spec)
@@ -95,7 +99,7 @@ def test_the_referee_whatever_the_heads_weights(
 ) -> None:
     base = tiny_base(family)
     before = base.weights_sha256()
-    found = referee(base, rescorer(base), paths).evaluate(heads(base), PROMPTS)
+    found = evaluate(referee(base, rescorer(base), paths), heads(base), PROMPTS)
     nothing_else = {"prompts": 3, "tokens": 3 * COUNT, "mismatches": 0, "near_ties": 0, "ok": True}
     assert found["hf_generate"]["lossless"] == {**nothing_else, "against": ["hf_generate"]}
     for told in found["heads"].values():
@@ -204,7 +208,7 @@ def with_twins(base: BaseLM, relative: float) -> Lenient:
 
 
 def verdict_on(base: BaseLM, drafters: dict[str, Any], rescore: Any) -> Any:
-    return referee(base, rescore, None).evaluate(drafters, PROMPTS[1:2])
+    return evaluate(referee(base, rescore, None), drafters, PROMPTS[1:2])
 
 
 def test_accepting_the_second_best_at_a_gap_of_a_thousandth_is_a_mismatch(tiny_base: Any, rescorer: Any) -> None:

@@ -257,3 +257,9 @@ def test_settings_out_of_range_are_named(settings: dict[str, Any], told: str) ->
         Eagle3Config(**settings)
     with pytest.raises(ConfigError, match=r"hidden states 0\.\.32"):
         Eagle3(Eagle3Config(layers=[1, 2, 33]), LLAMA_3_8B)
+
+
+def test_a_single_draft_leaves_nothing_to_stop(base: Any, make_batch: MakeBatch) -> None:
+    head, batch = head_of(base, depth=1), make_batch()
+    with pytest.raises(ConfigError, match="depth=1: drafts one token; there is nothing to stop"):
+        head.drafted(base, see(base, head, batch), batch)

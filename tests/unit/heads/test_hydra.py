@@ -55,7 +55,8 @@ def one_document(tokens: Tensor, mask: Tensor | None = None) -> Batch:
 
 def logits_at(head: Hydra, base: BaseLM, context_D: Tensor, tokens: list[int]) -> Tensor:
     """What the head says after these drafted tokens, the root first."""
-    return head(base, context_D[None], base.embed(torch.tensor([tokens])))[0]
+    logits_AV, _ = head(base, context_D[None], base.embed(torch.tensor([tokens])))
+    return logits_AV[0]
 
 
 def taught(head: Hydra, batch: Batch) -> Lessons:
@@ -84,7 +85,7 @@ def test_11_3_identity_residual_gives_the_base_whatever_was_drafted(base: BaseLM
     for k in range(1, K + 1):
         for seed in (0, 1):
             drafted = base.embed(torch.randint(V, (5, k), generator=torch.Generator().manual_seed(seed)))
-            assert torch.equal(head(base, final_AD, drafted), want)
+            assert torch.equal(head(base, final_AD, drafted)[0], want)
 
 
 def test_starts_with_zero_maps_and_the_base_lm_head(base: BaseLM) -> None:
@@ -356,10 +357,10 @@ def test_11_33_gradients_stay_in_the_head(base: BaseLM, make_batch: MakeBatch) -
 def test_dropout_is_for_training_alone(base: BaseLM) -> None:
     head, context_AD = stirred(base, dropout=0.5, num_layers=2), torch.randn(3, D)
     drafted = base.embed(torch.randint(V, (3, 2)))
-    plain = stirred(base, num_layers=2)(base, context_AD, drafted)
-    assert torch.equal(head(base, context_AD, drafted), plain)
+    plain, _ = stirred(base, num_layers=2)(base, context_AD, drafted)
+    assert torch.equal(head(base, context_AD, drafted)[0], plain)
     head.train()
-    one, two = (head(base, context_AD, drafted) for _ in range(2))
+    one, two = (head(base, context_AD, drafted)[0] for _ in range(2))
     assert not torch.equal(one, two)
 
 
@@ -381,6 +382,23 @@ def test_noise_is_neftunes_and_spares_the_prefix(base: BaseLM, make_batch: MakeB
             at = batch.documents_BT[b] == document
             bound = 5 / math.sqrt(int(at.sum()) * D)
             assert 0.8 * bound < float(noise[b, at].abs().max()) <= bound + 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_it_drafts_is_free_of_dropout_and_noise(base: BaseLM, make_batch: MakeBatch, training: bool) -> None:
+    settings = {"prefix_layer": True, "num_layers": 2}
+    batch, calm = make_batch(), stirred(base, **settings)
+    head = stirred(base, dropout=0.5, noise_alpha=5.0, **settings).train(training)
+    told, want = (h.drafted(base, see(base, h, batch), batch) for h in (head, calm))
+    assert all(m.training == training for m in head.modules())
+    assert torch.equal(told.tokens_M, want.tokens_M)
+    assert torch.equal(told.hidden_MD, want.hidden_MD)
+
+
+def test_a_single_draft_leaves_nothing_to_stop(base: BaseLM, make_batch: MakeBatch) -> None:
+    head, batch = fresh(base, num_heads=1), make_batch()
+    with pytest.raises(ConfigError, match="num_heads=1: drafts one token; there is nothing to stop"):
+        head.drafted(base, see(base, head, batch), batch)
 
 
 # Size and parts
@@ -475,7 +493,7 @@ def test_propose_equals_node_by_node(base: BaseLM, prefix: bool, seed: int) -> N
 
 def test_the_forward_is_asked_once_per_level(base: BaseLM) -> None:
     head, calls = stirred(base), []
-    head.register_forward_hook(lambda module, args, out: calls.append(tuple(out.shape)))
+    head.register_forward_hook(lambda module, args, out: calls.append(tuple(out[0].shape)))
     seen = base.capture(head.needs, torch.arange(5)[None])
     head.propose(base, State([0, 1, 2, 3, 4, 9], 9, seen, tree.by_widths([3, 2, 2])))
     assert len(calls) == 3

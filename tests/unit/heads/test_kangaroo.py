@@ -12,7 +12,7 @@ from draftsmith.decoding import tree
 from draftsmith.decoding.engine import generate
 from draftsmith.errors import ConfigError
 from draftsmith.heads.kangaroo import Kangaroo, KangarooConfig
-from draftsmith.roles import State
+from draftsmith.roles import Partial, State
 from draftsmith.training.fit import new_head
 
 MakeBatch = Callable[..., Batch]
@@ -64,8 +64,8 @@ def slow_logits(head: Kangaroo, base: Any, text: list[int]) -> Tensor:
 def test_the_forward_is_the_papers(deep: Any) -> None:
     head, text = head_of(deep, 0.2, exit_layer=2), list(range(5, 17))
     hidden = deep.capture(head.needs, torch.tensor([text])).hidden[2]
-    got = head(deep, hidden, torch.arange(len(text))[None])[0]
-    torch.testing.assert_close(got.double(), slow_logits(head, deep, text), rtol=1e-4, atol=1e-4)
+    got, _ = head(deep, hidden, torch.arange(len(text))[None])
+    torch.testing.assert_close(got[0].double(), slow_logits(head, deep, text), rtol=1e-4, atol=1e-4)
 
 
 def test_11_5_an_adapter_that_adds_nothing_at_the_last_layer_is_the_base(tiny_base: Any) -> None:
@@ -81,8 +81,8 @@ def test_11_5_an_adapter_that_adds_nothing_at_the_last_layer_is_the_base(tiny_ba
         seen = base.capture(Needs(frozenset({2}), final=True, logits=True), torch.tensor([[3, 1, 4, 1, 5]]))
         base._norm.weight.copy_(before)
     positions = torch.arange(5)[None]
-    torch.testing.assert_close(head(base, seen.hidden[2], positions), seen.logits, rtol=1e-5, atol=1e-5)
-    assert (head(base, seen.final, positions) - seen.logits).abs().max() > 0.1
+    torch.testing.assert_close(head(base, seen.hidden[2], positions)[0], seen.logits, rtol=1e-5, atol=1e-5)
+    assert (head(base, seen.final, positions)[0] - seen.logits).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(("threshold", "drafted"), [(0.0, 6), (1.5, 1)])
@@ -104,10 +104,24 @@ def test_drafting_stops_after_the_first_uncertain_token(deep: Any) -> None:
         assert propose(careful, deep, text, tree.chain(6)).tokens_N.tolist() == whole[: first + 2]
 
 
-def propose(head: Kangaroo, base: Any, text: list[int], shape: Any) -> Any:
+class Never:
+    """A gate that lets everything pass."""
+
+    def stop(self, state: State, partial: Partial) -> bool:
+        return False
+
+
+def test_another_gate_takes_the_thresholds_place(deep: Any) -> None:
+    careful, text = head_of(deep, 0.1, threshold=1.5), [3, 1, 4, 1, 5, 9, 2]
+    assert len(propose(careful, deep, text, tree.chain(6)).tokens_N) == 2
+    assert len(propose(careful, deep, text, tree.chain(6), Never()).tokens_N) == 7
+
+
+@torch.no_grad()
+def propose(head: Kangaroo, base: Any, text: list[int], shape: Any, gate: Any = None) -> Any:
     kv = base.new_kv()
     seen = base.capture(head.needs, torch.tensor([text[:-1]]), kv=kv)
-    return head.propose(base, State(text, text[-1], seen, shape, kv))
+    return head.propose(base, State(text, text[-1], seen, shape, kv, gate=gate))
 
 
 def test_a_tree_holds_each_nodes_own_next_tokens(deep: Any) -> None:
@@ -152,7 +166,7 @@ def test_the_loss_is_the_cross_entropy_to_the_bases_own_distribution(base: Any, 
     seen = base.capture(head.needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
     log_p = base.lm_head(seen.final).double().log_softmax(-1)
     hidden = seen.hidden[head.exit_layer]
-    log_q = head(base, hidden, batch.positions_BT, batch.visible()).detach().double().log_softmax(-1)
+    log_q = head(base, hidden, batch.positions_BT, batch.visible())[0].detach().double().log_softmax(-1)
     out = head.loss(base, seen, batch)
     loss = floor = overlap = positions = kept = right = count = 0.0
     rows, length = batch.tokens_BT.shape
@@ -199,7 +213,7 @@ def agree(head: Kangaroo, base: Any, batch: Batch) -> None:
     """Two of three tokens become the one that the head expects after those before it."""
     for t in range(batch.tokens_BT.shape[1] - 1):
         seen = base.capture(head.needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
-        logits = head(base, seen.hidden[head.exit_layer], batch.positions_BT, batch.visible())
+        logits, _ = head(base, seen.hidden[head.exit_layer], batch.positions_BT, batch.visible())
         if t % 3:
             batch.tokens_BT[:, t + 1] = logits[:, t].argmax(-1)
 
@@ -246,3 +260,9 @@ def test_settings_out_of_range_are_named(settings: dict[str, Any], told: str) ->
         KangarooConfig(**settings)
     with pytest.raises(ConfigError, match="the base has 32 layers"):
         Kangaroo(KangarooConfig(exit_layer=33), LLAMA_7B)
+
+
+def test_a_single_draft_leaves_nothing_to_stop(base: Any, make_batch: MakeBatch) -> None:
+    head, batch = head_of(base, depth=1), make_batch()
+    with pytest.raises(ConfigError, match="depth=1: drafts one token; there is nothing to stop"):
+        head.drafted(base, base.capture(head.needs, batch.tokens_BT), batch)

@@ -1,0 +1,110 @@
+"""What stands beside the base: a companion, a trained drafter, and the heads that belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from draftsmith import artifacts, config, prepare
+from draftsmith.contracts import BaseView, Head
+from draftsmith.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from draftsmith.base.lm import BaseLM
+
+
+class Beside:
+    """The companion and the drafter of a command line, loaded when somebody asks for them."""
+
+    def __init__(self, base: BaseLM, companion: prepare.BaseConfig | None, drafter: str | None) -> None:
+        self.base, self._companion, self._drafter = base, companion, drafter
+        self._loaded: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, cfg: Any, base: BaseLM) -> Beside:
+        """From the keys `companion` and `drafter`."""
+        companion = cfg.get("companion")
+        typed = None if companion is None else config.typed(companion, prepare.BaseConfig, "companion")
+        return cls(base, typed, cfg.get("drafter"))
+
+    @property
+    def companion(self) -> BaseLM | None:
+        """The second language model; DataError where it has another tokenizer than the base."""
+        if self._companion is not None and "companion" not in self._loaded:
+            from draftsmith.data.labels import check_pair
+
+            loaded = prepare.load_base(self._companion, str(self.base.device))
+            check_pair(self.base.spec, loaded.spec)
+            self._loaded["companion"] = loaded
+        return self._loaded.get("companion")
+
+    @property
+    def drafter(self) -> Any:
+        """Whose drafts a gate judges: a trained head, or the companion as a draft model; None for nobody."""
+        if "drafter" not in self._loaded:
+            if self._drafter is not None and self._companion is not None:
+                raise ConfigError("drafter, companion: both are given; a gate judges one of them")
+            self._loaded["drafter"] = self._made()
+        return self._loaded["drafter"]
+
+    def _made(self) -> Any:
+        if self._drafter is not None:
+            from draftsmith.exporters import native
+
+            head = native.load(self._drafter, self.base.spec, device=self.base.device)
+            if head.role != "drafter":
+                raise ConfigError(f"drafter: {self._drafter} is a {head.role}; give the folder of a drafter")
+            return head
+        if self.companion is None:
+            return None
+        from draftsmith.heads.draft_model import DraftModel
+
+        return DraftModel(self.companion, DEPTH)
+
+    def of_kind(self, kind: type[Head]) -> Any:
+        """What a head of this kind is to be built beside."""
+        return {"": None, "drafter": self.drafter, "companion": self.companion}[kind.wants] if kind.wants else None
+
+    def load(self, folder: Path | str) -> Head:
+        """A head of any role from its native folder. A gate comes with its drafter: the one of the command line, else
+        the one its folder names; DataError where that is not the one it was trained for."""
+        from draftsmith.exporters import native
+
+        head = native.load(folder, self.base.spec, device=self.base.device)
+        if head.role != "gate":
+            return head
+        recorded = artifacts.read_json(Path(folder) / "config.json").get("beside") or {}
+        mine = self if self._drafter or self._companion else self._recorded(recorded, folder)
+        found = mine.drafter
+        if told(found)["sha256"] != recorded.get("sha256"):
+            raise DataError(
+                f"{folder}: made for the drafter {recorded.get('kind')} of {recorded.get('path')}, whose weights are"
+                " others than those given; load the one it was trained for, or train a gate for this one"
+            )
+        head.attach(found)
+        return head
+
+    def _recorded(self, recorded: Mapping[str, Any], folder: Path | str) -> Beside:
+        path, kind = str(recorded.get("path")), recorded.get("kind")
+        if not Path(path).is_dir():
+            key = "companion=hf companion.path" if kind == "draft_model" else "drafter"
+            raise DataError(f"{folder}: its drafter was at {path}, where nothing is now; give {key}=…")
+        if kind == "draft_model":
+            return Beside(self.base, prepare.BaseConfig(path=path), None)
+        return Beside(self.base, None, path)
+
+
+DEPTH = 16  # the deepest chain of a draft model; decoding.depth and gates make shorter ones
+
+
+def told(beside: Any, path: str | None = None) -> dict[str, Any]:
+    """What an export says of it: enough to find it again and to refuse another. path: of a head's folder."""
+    if beside is None:
+        return {}
+    if isinstance(beside, Head):
+        sha256 = artifacts.tensors_sha256(beside.state_dict())
+        return {"kind": type(beside).__name__, "path": path and str(Path(path).resolve()), "sha256": sha256}
+    companion: BaseView = getattr(beside, "companion", beside)
+    kind = "companion" if companion is beside else "draft_model"
+    return {"kind": kind, "path": companion.spec.path, "sha256": companion.weights_sha256()}  # type: ignore[attr-defined]
