@@ -119,6 +119,11 @@ class KV(Protocol):
         """Append key and value [B, H, Q, head_dim] to a layer's; returns all of it, [B, H, S, head_dim]."""
         ...
 
+    @property
+    def windowed(self) -> bool:
+        """Whether it must be told where its slots stand (`place`)."""
+        ...
+
     def crop(self, length: int) -> None:
         """Forget every slot from `length` on."""
         ...
@@ -236,7 +241,7 @@ class Batch:
         return same_BTT.tril()
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()})
+        return Batch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()})  # type: ignore[arg-type]
 
 
 @dataclass

@@ -16,14 +16,15 @@ from draftsmith.data.chat import ChatConfig
 from draftsmith.data.prompts import PromptsConfig, user_turns
 from draftsmith.data.records import Record
 from draftsmith.data.settings import DataConfig
-from draftsmith.decoding import gating
+from draftsmith.decoding import gating, priming
+from draftsmith.decoding.engine import generate
 from draftsmith.decoding.gates import Confidence, Fixed, GateConfig, Oracle
 from draftsmith.decoding.measure import Contender, MakeGate
 from draftsmith.decoding.referee import COMPANY, HF, PLAIN, BaselinesConfig, DecodingConfig, Referee
 from draftsmith.errors import ConfigError, DataError, NumericsError
 from draftsmith.heads.acceptance import Acceptance, AcceptanceGate
 from draftsmith.heads.draft_model import DraftModel
-from draftsmith.reporting import gates, leaderboard, table
+from draftsmith.reporting import gates, leaderboard, primers, table
 from draftsmith.roles import Drafter
 
 if TYPE_CHECKING:
@@ -36,11 +37,14 @@ class EvaluateConfig(prepare.MachineConfig):
     repeats: int = 3
     batch_sizes: list[int] = dataclasses.field(default_factory=lambda: [1])
     batch_prompts: int = 8
+    prompt_lengths: list[int] = dataclasses.field(default_factory=lambda: [64, 256, 512])
 
     def __post_init__(self) -> None:
         for name in ("repeats", "batch_prompts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: give at least 1")
+        if any(n < 2 for n in self.prompt_lengths):
+            raise ConfigError(f"prompt_lengths={self.prompt_lengths}: every prompt has at least 2 tokens")
         if any(n < 1 for n in self.batch_sizes):
             raise ConfigError(f"batch_sizes={self.batch_sizes}: every size is at least 1")
 
@@ -52,7 +56,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     prompts = config.typed(cfg.prompts, PromptsConfig, "prompts")
     baselines = config.typed(cfg.baselines, BaselinesConfig, "baselines")
     gate = config.typed(cfg.get("gate"), GateConfig, "gate") if cfg.get("gate") is not None else None
-    own = {k: cfg[k] for k in ("load", "repeats", "batch_sizes", "batch_prompts", "threads", "device")}
+    own = {
+        k: cfg[k] for k in ("load", "repeats", "batch_sizes", "batch_prompts", "prompt_lengths", "threads", "device")
+    }
     settings = config.typed(own, EvaluateConfig, "evaluate")
     run_dir = config.run_dir(cfg, "evaluate")
     folders, of_run = heads_of(run_dir, settings.load)
@@ -80,6 +86,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     prepare.say(f"-> {run_dir / 'evaluation.json'}")
     if len(found["heads"]) > 1:
         prepare.say(leaderboard.write(run_dir, leaderboard.entries(found["heads"])))
+    if "primers" in found:
+        prepare.say(primers.markdown(found["primers"]))
+        prepare.say(primers.write(run_dir, found["primers"]))
     if any("gate" in head for head in found["heads"].values()):
         prepare.say(gates.write(run_dir, found["heads"]))
     check_proofs(found, dtype, run_dir / "evaluation.json")
@@ -116,6 +125,12 @@ def judged(
         found["heads"][name]["parameters"] = sum(p.numel() for p in heads[name].parameters())
         if heads[name].role == "gate":
             found["heads"][name]["gate"] = of_gate(referee, cast(Acceptance, heads[name]), gate, asked)
+    priming_heads = {name: head for name, head in heads.items() if head.role == "primer"}
+    if priming_heads:
+        limits: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "eos_ids": base.eos_ids}
+        answers = [generate(base, prompt, **limits).tokens for prompt in asked]
+        how: dict[str, Any] = {"lengths": settings.prompt_lengths, "repeats": settings.repeats}
+        found["primers"] = priming.judge(base, cast(Any, priming_heads), asked, answers, **how)
     return found
 
 
@@ -130,15 +145,15 @@ def contenders(referee: Referee, heads: Mapping[str, Head], gate: GateConfig | N
             if gate is not None and gate.kind != "acceptance":
                 raise ConfigError(f"gate={gate.kind}: {name} is a gate itself; give gate=acceptance, or none")
             own = trained(cast(Acceptance, head), gate)
-            found[name] = referee.contender(head.beside, own.head.config.max_depth, lambda p, a, own=own: own)
+            found[name] = referee.contender(head.beside, own.head.config.max_depth, gating.always(own))
     return found
 
 
 def without_weights(gate: GateConfig) -> MakeGate:
     if gate.kind == "fixed":
-        return lambda prompt, answer: Fixed(gate.depth)
+        return gating.always(Fixed(gate.depth))
     if gate.kind == "confidence":
-        return lambda prompt, answer: Confidence(cast(float, gate.threshold))
+        return gating.always(Confidence(cast(float, gate.threshold)))
     if gate.kind == "oracle":
         return lambda prompt, answer: Oracle([*prompt, *answer])
     raise ConfigError("gate=acceptance: a trained one is wanted; load=[…] its folder, alone or beside others")

@@ -121,14 +121,14 @@ class Judge:
         """Every length; a gate of their own keeps a drafter's (Kangaroo's) from stopping them."""
         found = {}
         for k in range(1, self.depth + 1):
-            found[f"fixed_{k}"] = Contender(lambda p, a: self.drafter, chain(k), lambda p, a, k=k: Fixed(k))
+            found[f"fixed_{k}"] = Contender(lambda p, a: self.drafter, chain(k), always(Fixed(k)))
         return found
 
     def bounds(self, gate: Gate, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """The gate beside every fixed length and, of a greedy text, the oracle, interleaved in one run: speeds, the
         share of the gap between the best fixed length and the oracle that the gate recovers, and its regret, 1 - its
         speed / the oracle's. Sampled text has no oracle."""
-        contenders = {**self.fixed(), GATE: self.contender(lambda p, a: gate)}
+        contenders = {**self.fixed(), GATE: self.contender(always(gate))}
         if not self.how["temperature"]:
             contenders[ORACLE] = self.contender(lambda p, a: Oracle([*p, *a]))
         results = measure.measure(self.base, prompts, contenders, {}, **self.how)
@@ -157,7 +157,7 @@ class Judge:
     def costs(self, gate_that_never_stops: Gate, prompts: Sequence[Sequence[int]]) -> Costs:
         """Measured: a line through the fixed lengths' drafting seconds per step, and what the same drafts cost with the
         gate being asked."""
-        asked = self.contender(lambda p, a: gate_that_never_stops)
+        asked = self.contender(always(gate_that_never_stops))
         results = measure.measure(self.base, prompts, {**self.fixed(), GATE: asked}, {}, **self.how)
         repeats = self.how["repeats"]
         per_step = {name: r.stats.draft_seconds_per_step / repeats for name, r in results.items()}
@@ -186,6 +186,10 @@ class Judge:
             counts = {"tokens_per_step": stats.tokens_per_step, "drafts_per_step": _drafts(stats)}
             table.append({"threshold": threshold, **counts, "tokens_per_second": costs.rate(stats, self.depth)})
         return max(table, key=lambda row: row["tokens_per_second"])["threshold"], table
+
+
+def always(gate: Gate) -> measure.MakeGate:
+    return lambda prompt, answer: gate
 
 
 def described(own: Result, plain: Result) -> dict[str, float]:

@@ -65,7 +65,7 @@ class DraftModel:
         ancestors, depth = Ancestors(device), 0
 
         def read(tokens_A: Tensor, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-            where = {"positions_BQ": positions, "mask_BQS": mask}
+            where: dict[str, Any] = {"positions_BQ": positions, "mask_BQS": mask}
             seen = companion.capture(Needs(final=True), tokens_A.expand(state.copies, -1), kv=kv, **where)
             final_BAD = cast(Tensor, seen.final)
             return companion.lm_head(final_BAD)[0, :, :vocabulary], final_BAD[0]
