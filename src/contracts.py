@@ -260,12 +260,14 @@ class Drafted:
     """What a drafter would draft in a batch where everything before is the row's own, and what it thinks once it has
     read that: M drafts, over all its depths but the last. Positions count through all rows: b * T + t.
 
-    at_M: where the base's distribution judges the draft (that of the token after it). tokens_M: the drafts. hidden_MD:
-    as a gate sees it in decoding (Partial.hidden). ahead: a global step has counts_K[ahead] positions to draft from.
+    at_M: where the base's distribution judges the draft (that of the token after it). tokens_M: the drafts. before_MD:
+    the state that each was drafted from, hidden_MD: that after reading it, as a gate sees them in decoding
+    (Partial.hidden). ahead: a global step has counts_K[ahead] positions to draft from.
     """
 
     at_M: Tensor
     tokens_M: Tensor
+    before_MD: Tensor
     hidden_MD: Tensor
     ahead: int
 

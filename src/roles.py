@@ -111,8 +111,8 @@ class Verdict:
 class Partial:
     """A proposal in the making, as a gate sees it: whole levels, the newest drafted but not read yet.
 
-    levels, tokens: of depths 1, 2, …, tokens_C each. hidden_AD of depths 1, 2, … up to the newest but one: what the
-    drafter thinks after reading those nodes that have children (what its lm_head reads). logits_AV, columns_C: the
+    levels, tokens: of depths 1, 2, …, tokens_C each. hidden: of depths 0, 1, … up to the newest but one, hidden_AD
+    after reading those nodes that have children (what the drafter's lm_head reads). logits_AV, columns_C: the
     drafter's logits that the newest level was taken from, and which column each of its tokens is. notes: a gate's own,
     from level to level of one proposal.
     """
@@ -130,7 +130,7 @@ class Partial:
         assert self.logits_AV is not None
         assert self.columns_C is not None
         level = self.levels[-1]
-        chances_AV = self.logits_AV.float().softmax(-1)
+        chances_AV = self.logits_AV.detach().float().softmax(-1)
         return float(chances_AV[level.of_C[level.expanded_A], self.columns_C[level.expanded_A]].max())
 
 

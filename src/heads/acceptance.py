@@ -8,7 +8,8 @@ reads), a_i the chance that the base accepts y_i once everything before it is ac
     L   = sum_i  reject_weight (1 - a_i) (-log(1 - s_i)) + a_i (-log s_i)
 
 While drafting, the chance that all of it is kept is prod_i s_i; drafting stops once 1 - prod_i s_i > threshold. A draft
-is judged when the drafter has read it, so the newest one is not judged yet.
+is judged when the drafter has read it, so the newest one is not judged yet. With `reads: before` (ours) h_i is the
+state that y_i was drafted from: it does not know what was drawn, but every draft is judged at once.
 
 `verify` says how the drafts will be verified, hence what a_i is and where it comes from:
 
@@ -20,8 +21,9 @@ On the fly, the drafter reads every y in a slot of its own below the row's own t
 as long as everything before was accepted.
 
 Deviations. The blocks are distinct modules that start as the identity; the published code repeats one, random at the
-start. The loss is divided by the number of labels, not by reject_weight sum(1 - a) + sum(a), so that no model's output
-is in a normaliser; which constant is best and how the gradients of a step compare stay the same.
+start. The loss is divided by the number of labels, or of places to draft from where several depths have one each, not
+by reject_weight sum(1 - a) + sum(a), so that no model's output is in a normaliser; which constant is best and how the
+gradients of a step compare stay the same.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from draftsmith.heads.blocks import ResBlock, as_head
 from draftsmith.heads.draft_model import DraftModel
 from draftsmith.losses import acceptance_loss, bernoulli_kl
 from draftsmith.roles import Partial, State
+from draftsmith.targets import counted_targets, future_tokens
 
 JUDGED = 2**22  # of the base's logits held at a time
 
@@ -48,6 +51,7 @@ class AcceptanceConfig:
     num_layers: int = 3
     reject_weight: float = 6.0
     verify: Literal["greedy", "sampling"] = "greedy"  # how the drafts will be verified
+    reads: Literal["after", "before"] = "after"  # the drafter's state after reading a draft, or that it came from
     threshold: float = 0.5  # draftsmith tune chooses it for a machine
     min_depth: int = 1  # drafts that are made whatever the head says
     max_depth: int = 10  # and the most of them, where the drafter goes deeper
@@ -61,6 +65,8 @@ class AcceptanceConfig:
             raise ConfigError(f"reject_weight={self.reject_weight}: give a positive number")
         if self.verify not in ("greedy", "sampling"):
             raise ConfigError(f"verify='{self.verify}': choose greedy or sampling")
+        if self.reads not in ("after", "before"):
+            raise ConfigError(f"reads='{self.reads}': choose after or before")
         check_threshold(self.threshold)
 
 
@@ -151,11 +157,16 @@ class Acceptance(Head):
             companion: BaseView = self.beside.companion
             where: dict[str, Any] = {"positions_BQ": batch.positions_BT, "mask_BQS": batch.visible()}
             final_BTD = cast(Tensor, companion.capture(Needs(final=True), batch.tokens_BT, **where).final)
-            at_BT = batch.mask_BT & ~batch.labels_BT.isnan()
-            return final_BTD[at_BT], batch.labels_BT[at_BT], batch.counts_K[0]
-        drafted = self.beside.drafted(base, seen, batch)
+            ahead = 1 if self.config.reads == "before" else 0
+            labels_BT, _ = future_tokens(batch.labels_BT, batch.documents_BT, ahead)
+            _, counted_BT = counted_targets(batch.tokens_BT, batch.mask_BT, batch.documents_BT, ahead)
+            at_BT = counted_BT & ~labels_BT.isnan()
+            return final_BTD[at_BT], labels_BT[at_BT], batch.counts_K[ahead]
+        with torch.autocast(batch.tokens_BT.device.type, enabled=False):  # the drafter as it is in decoding
+            drafted = self.beside.drafted(base, seen, batch)
         accept_N = self._verified(base, cast(Tensor, seen.final).flatten(0, 1), drafted)
-        return drafted.hidden_MD, accept_N, batch.counts_K[drafted.ahead]
+        hidden_ND = drafted.before_MD if self.config.reads == "before" else drafted.hidden_MD
+        return hidden_ND, accept_N, batch.counts_K[drafted.ahead]
 
     def _verified(self, base: BaseView, final_PD: Tensor, drafted: Drafted) -> Tensor:
         """a_M of drafts that the drafter chose."""
@@ -172,8 +183,18 @@ class Acceptance(Head):
 
     @torch.no_grad()
     def chances(self, partial: Partial) -> list[Tensor]:
-        """Per level that was read, the chance that each node is kept if its parent is [A]."""
-        return [self(hidden_AD).sigmoid() for hidden_AD in partial.hidden]
+        """Per depth that can be judged, the chance that each node with children is kept if its parent is [A]."""
+        return [self.chance(partial, depth) for depth in range(1, self.judged(partial) + 1)]
+
+    def judged(self, partial: Partial) -> int:
+        """The deepest level that can be judged."""
+        return len(partial.levels) if self.config.reads == "before" else len(partial.hidden) - 1
+
+    def chance(self, partial: Partial, depth: int) -> Tensor:
+        if self.config.reads == "after":
+            return self(partial.hidden[depth]).sigmoid()
+        level = partial.levels[depth - 1]
+        return self(partial.hidden[depth - 1]).sigmoid()[level.of_C[level.expanded_A]]
 
     def gate(self, threshold: float | None = None, min_depth: int | None = None) -> AcceptanceGate:
         """Itself at work; by default with what it was exported with."""
@@ -196,15 +217,18 @@ class AcceptanceGate:
 
     @torch.no_grad()
     def stop(self, state: State, partial: Partial) -> bool:
-        """partial.notes: per level that was read, the chance that its path is kept [A]."""
-        for n in range(len(partial.notes), len(partial.hidden)):
-            level, kept_A = partial.levels[n], self.head(partial.hidden[n]).sigmoid()
-            if n:
-                kept_A = kept_A * partial.notes[n - 1][level.of_C[level.expanded_A]]
+        """partial.notes: per level that was judged, the chance that each path so far is kept [A]."""
+        for depth in range(len(partial.notes) + 1, self.head.judged(partial) + 1):
+            level, kept_A = partial.levels[depth - 1], self.head.chance(partial, depth)
+            if depth > 1:
+                kept_A = kept_A * partial.notes[-1][level.of_C[level.expanded_A]]
             partial.notes.append(kept_A)
+        newest, judged = partial.levels[-1], len(partial.notes)
         if len(partial.levels) < self.min_depth:
             return False
-        if not partial.notes:  # the first draft has not been read yet
+        if not judged:  # nothing has been read yet
             return self.threshold < 0
-        newest = partial.levels[-1]
-        return 1 - float(partial.notes[-1][newest.of_C[newest.expanded_A]].max()) > self.threshold
+        kept_A = partial.notes[-1]
+        if judged < len(partial.levels):
+            kept_A = kept_A[newest.of_C[newest.expanded_A]]
+        return 1 - float(kept_A.max()) > self.threshold

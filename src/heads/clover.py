@@ -214,4 +214,4 @@ class Clover(Head):
             logits_BAV, hidden_BAD = self(base, depth, before_BAD, newest_BA)
             return logits_BAV[0], hidden_BAD[0]
 
-        return fill(state, logits_BAV[0, 0], deeper)
+        return fill(state, logits_BAV[0, 0], hidden_BAD[0, 0], deeper)

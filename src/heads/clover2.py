@@ -256,4 +256,4 @@ class Clover2(Head):
             logits_BAV, state_BAD = self(base, state_BAD[:, level.of_C[at_A]], tokens_C[at_A].expand(rows, -1))
             return logits_BAV[0], state_BAD[0]
 
-        return fill(state, logits_BAV[0, 0], deeper)
+        return fill(state, logits_BAV[0, 0], state_BAD[0, 0], deeper)

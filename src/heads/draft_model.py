@@ -53,7 +53,8 @@ class DraftModel:
         where |= {"positions_BQ": after_BT, "mask_BQS": torch.cat([visible_BTT, own_BTT], 2)}
         read_BTD = cast(Tensor, companion.capture(Needs(final=True), best_BT, **where).final)
         at_M = counted_BT.flatten().nonzero().squeeze(1)
-        return Drafted(at_M, best_BT.flatten()[at_M], read_BTD.flatten(0, 1)[at_M], 1)
+        before_MD, read_MD = (t.flatten(0, 1)[at_M] for t in (final_BTD, read_BTD))
+        return Drafted(at_M, best_BT.flatten()[at_M], before_MD, read_MD, 1)
 
     def propose(self, base: BaseView, state: State) -> Proposal:
         """Reads what is new, the root last, and drafts on; its own slots of drafted tokens are forgotten."""
@@ -80,7 +81,7 @@ class DraftModel:
             return read(tokens_C[at_A], positions, ancestors.below(level.of_C[at_A], past))
 
         new_A = torch.tensor(state.tokens[kv.length :], device=device)
-        logits_AV, _ = read(new_A, torch.arange(kv.length, past, device=device)[None], None)
-        proposal = fill(state, logits_AV[-1], deeper, draws=True)
+        logits_AV, final_AD = read(new_A, torch.arange(kv.length, past, device=device)[None], None)
+        proposal = fill(state, logits_AV[-1], final_AD[-1], deeper, draws=True)
         kv.crop(past)
         return proposal

@@ -23,15 +23,16 @@ stops."""
 def fill(
     state: State,
     logits_V: Tensor,
+    hidden_D: Tensor,
     deeper: Deeper,
     ids_V: Tensor | None = None,
     *,
     gate: Gate | None = None,
     draws: bool = False,
 ) -> Proposal:
-    """The proposal below state.root, of state.shape. logits_V: what follows the root. ids_V: the token that each column
-    of the logits stands for, where they are not over the base's vocabulary. gate: the drafter's own, where the state
-    has none. draws: of a text with a temperature, tokens are drawn from the drafter's distribution.
+    """The proposal below state.root, of state.shape. logits_V, hidden_D: after reading the root. ids_V: the token
+    that each column of the logits stands for, where they are not over the base's vocabulary. gate: the drafter's own,
+    where the state has none. draws: of a text with a temperature, tokens are drawn from the drafter's distribution.
 
     Fewer nodes than the shape has where `deeper` or the gate stopped: whole levels are left out, the deepest first. The
     last level is passed to `deeper` too, as one whose nodes have no children; what it returns there is not used.
@@ -41,7 +42,7 @@ def fill(
         raise ConfigError(f"decoding.paths: rank {shape.width - 1} of a head that drafts from {len(logits_V)} tokens")
     tokens_N = torch.full((len(shape.parents_N),), state.root, dtype=torch.long, device=logits_V.device)
     logits_AV: Tensor | None = logits_V[None]
-    partial, count, drawn = Partial(), 1, [torch.zeros_like(logits_V, dtype=torch.float64)[None]]
+    partial, count, drawn = Partial(hidden=[hidden_D[None]]), 1, [torch.zeros_like(logits_V, dtype=torch.float64)[None]]
     for level in shape.levels:
         if logits_AV is None:
             break

@@ -245,7 +245,8 @@ class Eagle3(Head):
         """What every step but the last drafts where it learns, and the output of the next one if it reads that."""
         if self.config.depth == 1:
             raise ConfigError("depth=1: drafts one token; there is nothing to stop")
-        ids_V, visible_BTT, at, tokens, hidden = self.ids_V, batch.visible(), [], [], []
+        ids_V, visible_BTT = self.ids_V, batch.visible()
+        at, tokens, before, hidden = [], [], [], []
         taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, range(1, self.config.depth))
         learned = zip(taught.counted_KN, taught.students_KN, strict=True)
         for (counted_N, students_N), (feature_BTD, past) in zip(learned, self.steps(base, seen, batch), strict=False):
@@ -259,8 +260,9 @@ class Eagle3(Head):
             next_BTD, _ = self.step(base, feature_BTD, drafts_BT, past, batch.positions_BT, visible_BTT)
             at.append(taught.rows_N[rows_M])
             tokens.append(tokens_M)
+            before.append(x_MD)
             hidden.append(self.norm(next_BTD.flatten(0, 1)[at_M]))
-        return Drafted(torch.cat(at), torch.cat(tokens), torch.cat(hidden), 2)
+        return Drafted(torch.cat(at), torch.cat(tokens), torch.cat(before), torch.cat(hidden), 2)
 
     def propose(self, base: BaseView, state: State) -> Proposal:
         """Step 0 reads the accepted positions with the tokens that followed them, which the K/V keeps; the drafts'
@@ -287,7 +289,7 @@ class Eagle3(Head):
             depth += 1
             return logits_BAV[0], self.norm(feature_BAD[0])
 
-        proposal = fill(state, logits_BAV[0, -1], deeper, self.ids_V)
+        proposal = fill(state, logits_BAV[0, -1], self.norm(feature_BAD[0, -1]), deeper, self.ids_V)
         kv.crop(past)
         return proposal
 

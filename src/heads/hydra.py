@@ -287,7 +287,7 @@ class Hydra(Head):
             raise ConfigError("num_heads=1: drafts one token; there is nothing to stop")
         ahead = range(1, self.config.num_heads)
         taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, ahead)
-        at, tokens, hidden, training = [], [], [], self.training
+        at, tokens, before, hidden, training = [], [], [], [], self.training
         self.eval()
         try:
             for k, own in enumerate(self.readings(base, cast(Tensor, seen.final), batch, taught)):
@@ -296,11 +296,12 @@ class Hydra(Head):
                 _, best_M = linear_cross_entropy(h_MD, lm_head.weight, gold_M, bias_V=lm_head.bias)
                 newest_M1D = as_head(base.embed(best_M[:, None]), self)
                 at.append(taught.rows_N[own.rows_M])
+                before.append(h_MD)
                 tokens.append(best_M)
                 hidden.append(self.hidden(own.context_MD, torch.cat([own.drafted_MkD, newest_M1D], 1)))
         finally:
             self.train(training)
-        return Drafted(torch.cat(at), torch.cat(tokens), torch.cat(hidden), 2)
+        return Drafted(torch.cat(at), torch.cat(tokens), torch.cat(before), torch.cat(hidden), 2)
 
     def context(self, base: BaseView, state: State) -> Tensor:
         """[B, D] at the last accepted position; the prefix layer reads all that are new, and keeps their K/V."""
@@ -332,4 +333,5 @@ class Hydra(Head):
             drafted_AkD = torch.cat([drafted_AkD[level.of_C[at_A]], newest_A1D], 1)
             return expand()
 
-        return fill(state, expand()[0][0], deeper)
+        logits_AV, hidden_AD = expand()
+        return fill(state, logits_AV[0], hidden_AD[0], deeper)

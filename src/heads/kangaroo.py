@@ -178,7 +178,8 @@ class Kangaroo(Head):
             wanted = Needs(frozenset({self.exit_layer}))
             hidden_BQD = base.capture(wanted, both_BQ, positions_BQ=positions_BQ, mask_BQS=mask_BQS).hidden
         read_BTD = self.adapt(hidden_BQD[self.exit_layer], positions_BQ, mask_BQS)[:, tokens_BT.shape[1] :]
-        return Drafted(taught.rows_N, best_M, read_BTD.flatten(0, 1)[at_M], 1)
+        before_MD, read_MD = (t.flatten(0, 1)[at_M] for t in (adapted_BTD, read_BTD))
+        return Drafted(taught.rows_N, best_M, before_MD, read_MD, 1)
 
     def propose(self, base: BaseView, state: State) -> Proposal:
         """The root and every drafted token run through the base's first blocks on the base's own K/V; the adapter
@@ -201,7 +202,7 @@ class Kangaroo(Head):
 
         new_BQD = torch.cat([seen_BAD, enter(torch.tensor([state.root], device=seen_BAD.device), 0, None)], 1)
         positions = torch.arange(head_kv.length, kept + 1, device=seen_BAD.device)[None]
-        logits_BQV, _ = self(base, new_BQD, positions, None, head_kv)
+        logits_BQV, adapted_BQD = self(base, new_BQD, positions, None, head_kv)
         depth = 0
 
         def deeper(level: Level, tokens_C: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -215,7 +216,8 @@ class Kangaroo(Head):
             logits_BAV, adapted_BAD = self(base, hidden_BCD[:, level.expanded_A], at, mask, head_kv)
             return logits_BAV[0], adapted_BAD[0]
 
-        proposal = fill(state, logits_BQV[0, -1], deeper, gate=self if self.config.threshold else None)
+        own = self if self.config.threshold else None
+        proposal = fill(state, logits_BQV[0, -1], adapted_BQD[0, -1], deeper, gate=own)
         head_kv.crop(kept)
         return replace(proposal, entered=(exit_layer, torch.cat(entered, 1)))
 

@@ -5,6 +5,7 @@ Heads are found in conf/head/*.yaml, each with every switch of its Config turned
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_what_training_judges_is_what_a_gate_sees(variant: Variant, family: str,
     base, head = make(variant, family)
     batch = a_batch(base, head.horizon)
     seen, told = capture(base, head, batch), drafted(base, head, batch)
-    largest = float(told.hidden_MD.abs().max())
+    largest = float(torch.stack([told.hidden_MD, told.before_MD]).abs().max())
     found: set[int] = set()
     right = wrong = 0
     for b, documents in enumerate(batch.documents_BT):
@@ -177,11 +178,13 @@ def test_what_training_judges_is_what_a_gate_sees(variant: Variant, family: str,
             row = Capture(hidden, None if seen.final is None else seen.final[b : b + 1]).at(where)
             for n in range(2, len(ids)):
                 partial = listen(base, head, row, ids, n)
-                for j, tokens_1, hidden_1D in zip(range(n, len(ids)), partial.tokens, partial.hidden, strict=False):
+                states = itertools.pairwise(partial.hidden)
+                for j, tokens_1, (before_1D, hidden_1D) in zip(range(n, len(ids)), partial.tokens, states):  # noqa: B905
                     if learned[j]:
                         at = b * LENGTH + int(where[j - 1])
                         places = (told.at_M == at).nonzero().squeeze(1)
                         away = (told.hidden_MD[places] - hidden_1D).abs().amax(1)
+                        away += (told.before_MD[places] - before_1D).abs().amax(1)
                         place = int(places[away.argmin()])
                         assert float(away.min()) <= 1e-5 * largest, f"document {d}, root {n - 1}, aiming at {j}"
                         assert int(told.tokens_M[place]) == int(tokens_1)
@@ -217,6 +220,7 @@ def test_training_or_not_is_the_same_and_leaves_no_gradient(variant: Variant, ma
     assert torch.equal(one.at_M, two.at_M)
     assert torch.equal(one.tokens_M, two.tokens_M)
     assert torch.equal(one.hidden_MD, two.hidden_MD)
+    assert torch.equal(one.before_MD, two.before_MD)
     assert not one.hidden_MD.requires_grad
     assert base.weights_sha256() == before
 

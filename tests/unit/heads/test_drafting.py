@@ -13,6 +13,7 @@ from draftsmith.heads.drafting import Ancestors, draw, fill
 from draftsmith.roles import Level, Partial, State, TreeShape
 
 VOCABULARY = 11
+ROOT = torch.tensor([1.0, 2.0, 3.0])  # what the drafter thinks after reading the root
 
 
 def logits_after(path: tuple[int, ...]) -> torch.Tensor:
@@ -62,7 +63,7 @@ def test_every_node_follows_its_own_parent(seed: int) -> None:
         paths = [below[i] for i in level.expanded_A.tolist()]
         return read(paths) if paths else None
 
-    proposal = fill(state_of(shape), logits_after((7,)), deeper)
+    proposal = fill(state_of(shape), logits_after((7,)), ROOT, deeper)
     assert proposal.parents_N is shape.parents_N
     assert proposal.tokens_N.tolist() == by_path(shape, 7)
     assert proposal.drawn_NV is None
@@ -77,7 +78,7 @@ def test_stopping_leaves_out_whole_levels() -> None:
             asked.append(len(tokens_C))
             return None if len(asked) == stop_at else read([(7,)] * len(level.expanded_A))
 
-        proposal = fill(state_of(shape), torch.zeros(VOCABULARY), deeper)
+        proposal = fill(state_of(shape), torch.zeros(VOCABULARY), ROOT, deeper)
         assert asked == [2, 4, 4][:stop_at]
         assert len(proposal.tokens_N) == len(proposal.parents_N) == [3, 7, 11][stop_at - 1]
 
@@ -85,18 +86,18 @@ def test_stopping_leaves_out_whole_levels() -> None:
 def test_columns_may_stand_for_other_ids() -> None:
     ids_V = torch.arange(VOCABULARY) * 3 + 1
     logits_V = logits_after((7,))
-    proposal = fill(state_of(tree.by_widths([3])), logits_V, lambda level, tokens_C: None, ids_V)
+    proposal = fill(state_of(tree.by_widths([3])), logits_V, ROOT, lambda level, tokens_C: None, ids_V)
     assert proposal.tokens_N.tolist() == [7, *(3 * logits_V.argsort(descending=True)[:3] + 1).tolist()]
 
 
 def test_the_root_alone() -> None:
-    proposal = fill(state_of(tree.chain(0)), torch.zeros(VOCABULARY), lambda level, tokens_C: None)
+    proposal = fill(state_of(tree.chain(0)), torch.zeros(VOCABULARY), ROOT, lambda level, tokens_C: None)
     assert proposal.tokens_N.tolist() == [7]
 
 
 def test_more_candidates_than_columns_are_refused() -> None:
     with pytest.raises(ConfigError, match="rank 3 of a head that drafts from 3 tokens"):
-        fill(state_of(tree.by_widths([4])), torch.zeros(3), lambda level, tokens_C: None)
+        fill(state_of(tree.by_widths([4])), torch.zeros(3), ROOT, lambda level, tokens_C: None)
 
 
 # Gates
@@ -136,7 +137,7 @@ class Walk:
 @pytest.mark.parametrize("seed", range(20))
 def test_a_gate_is_asked_after_each_level_that_has_children(seed: int) -> None:
     shape, gate, walk = random_tree(seed), Watching(), Walk()
-    proposal = fill(state_of(shape), logits_after((7,)), walk, gate=gate)
+    proposal = fill(state_of(shape), logits_after((7,)), ROOT, walk, gate=gate)
     assert proposal.tokens_N.tolist() == by_path(shape, 7)
     assert [len(p.levels) for p in gate.partials] == list(range(1, shape.depth))
     assert [tokens for tokens, _ in walk.asked] == [proposal.tokens_N[level.nodes].tolist() for level in shape.levels]
@@ -145,7 +146,7 @@ def test_a_gate_is_asked_after_each_level_that_has_children(seed: int) -> None:
 @pytest.mark.parametrize("stop_at", [1, 2])
 def test_the_level_a_gate_ends_with_is_still_passed_on_without_children(stop_at: int) -> None:
     shape, gate, walk = tree.by_widths([2, 2, 1]), Watching(stop_at), Walk()
-    proposal = fill(state_of(shape), logits_after((7,)), walk, gate=gate)
+    proposal = fill(state_of(shape), logits_after((7,)), ROOT, walk, gate=gate)
     nodes = [3, 7][stop_at - 1]
     assert proposal.tokens_N.tolist() == by_path(shape, 7)[:nodes]
     assert proposal.parents_N.tolist() == shape.parents_N.tolist()[:nodes]
@@ -157,7 +158,7 @@ def test_the_level_a_gate_ends_with_is_still_passed_on_without_children(stop_at:
 
 def test_the_states_gate_comes_before_the_drafters_own() -> None:
     shape, given, own = tree.chain(3), Watching(2), Watching(1)
-    assert len(fill(state_of(shape, gate=given), logits_after((7,)), Walk(), gate=own).tokens_N) == 3
+    assert len(fill(state_of(shape, gate=given), logits_after((7,)), ROOT, Walk(), gate=own).tokens_N) == 3
     assert (len(given.partials), len(own.partials)) == (2, 0)
 
 
@@ -166,7 +167,7 @@ def test_the_states_gate_comes_before_the_drafters_own() -> None:
 def test_what_a_gate_sees(seed: int, renamed: bool) -> None:
     shape, gate = random_tree(seed), Watching()
     ids_V = torch.arange(VOCABULARY).flip(0) + 3 if renamed else None
-    proposal = fill(state_of(shape), logits_after((7,)), Walk(), ids_V, gate=gate)
+    proposal = fill(state_of(shape), logits_after((7,)), ROOT, Walk(), ids_V, gate=gate)
     paths = [(7,)]
     for parent, token in zip(shape.parents_N.tolist()[1:], proposal.tokens_N.tolist()[1:], strict=True):
         paths.append((*paths[parent], token))
@@ -176,8 +177,9 @@ def test_what_a_gate_sees(seed: int, renamed: bool) -> None:
         assert [level.nodes for level in partial.levels] == [level.nodes for level in shape.levels[:n]]
         assert [t.tolist() for t in partial.tokens] == [[paths[i][-1] for i in level] for level in nodes]
         known = [[read([paths[i]])[1][0] for i in level if i in children] for level in nodes[:-1]]
-        assert len(partial.hidden) == n - 1
-        assert all(torch.equal(a, torch.stack(b)) for a, b in zip(partial.hidden, known, strict=True))
+        assert len(partial.hidden) == n
+        assert torch.equal(partial.hidden[0], ROOT[None])
+        assert all(torch.equal(a, torch.stack(b)) for a, b in zip(partial.hidden[1:], known, strict=True))
         columns = partial.columns_C if ids_V is None else ids_V[partial.columns_C]
         assert columns.tolist() == partial.tokens[-1].tolist()
         chances = [
@@ -204,6 +206,7 @@ def test_drawn_tokens_follow_the_distribution_they_are_told_with() -> None:
         proposal = fill(
             state,
             logits_after((7,))[:4],
+            ROOT,
             lambda level, tokens_C, walk=walk: (out := walk(level, tokens_C)) and (out[0][:, :4], out[1]),
             draws=True,
         )
@@ -218,7 +221,7 @@ def test_drawn_tokens_follow_the_distribution_they_are_told_with() -> None:
 
 def test_drawn_levels_left_out_have_no_rows() -> None:
     shape, state = tree.chain(3), state_of(tree.chain(3), gate=Watching(2), temperature=1.0)
-    proposal = fill(state, logits_after((7,)), Walk(), draws=True)
+    proposal = fill(state, logits_after((7,)), ROOT, Walk(), draws=True)
     assert len(shape.parents_N) == 4
     assert len(proposal.tokens_N) == len(proposal.drawn_NV) == 3
 
@@ -226,7 +229,7 @@ def test_drawn_levels_left_out_have_no_rows() -> None:
 def test_the_seed_decides_what_is_drawn() -> None:
     def tokens(seed: int) -> list[int]:
         state = state_of(tree.chain(4), temperature=1.0, generator=torch.Generator().manual_seed(seed))
-        return fill(state, logits_after((7,)), Walk(), draws=True).tokens_N.tolist()
+        return fill(state, logits_after((7,)), ROOT, Walk(), draws=True).tokens_N.tolist()
 
     assert tokens(1) == tokens(1)
     assert len({tuple(tokens(seed)) for seed in range(5)}) > 1
@@ -237,7 +240,7 @@ def test_temperature_0_and_drafters_that_choose_never_draw() -> None:
     before = generator.get_state()
     for temperature, draws in ((0.0, True), (1.0, False)):
         state = state_of(shape, temperature=temperature, generator=generator)
-        proposal = fill(state, logits_after((7,)), Walk(), draws=draws)
+        proposal = fill(state, logits_after((7,)), ROOT, Walk(), draws=draws)
         assert proposal.tokens_N.tolist() == by_path(shape, 7)
         assert proposal.drawn_NV is None
     assert torch.equal(generator.get_state(), before)
