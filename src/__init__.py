@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from draftsmith.api import generate, load_base, load_head, load_published, save_head
+    from draftsmith.api import generate, load_base, load_companion, load_head, load_published, save_head
 
-__all__ = ["generate", "load_base", "load_head", "load_published", "save_head"]
+__all__ = ["generate", "load_base", "load_companion", "load_head", "load_published", "save_head"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The public Python API: load_base, load_head, generate; load_published, save_head."""
+"""The public Python API: load_base, load_head, generate; load_companion, load_published, save_head."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import OmegaConf
 
-from draftsmith import config
+from draftsmith import config, prepare
 from draftsmith.base import lm
 from draftsmith.base.lm import BaseLM
+from draftsmith.beside import Beside
 from draftsmith.contracts import Head
 from draftsmith.decoding.engine import Generation
 from draftsmith.decoding.engine import generate as decode
 from draftsmith.decoding.tree import TreeConfig
 from draftsmith.errors import ConfigError
 from draftsmith.exporters import native, reference
-from draftsmith.roles import Drafter
+from draftsmith.heads.acceptance import Acceptance
+from draftsmith.heads.draft_model import DraftModel
+from draftsmith.roles import Drafter, Primer
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+DRAFTS = 4  # tokens that a draft model drafts in a step where nobody says
 
 
 def load_base(
@@ -39,11 +44,20 @@ def load_base(
 
 
 def load_head(path: str | Path, *, base: BaseLM) -> Head:
-    """A head from its native folder (run_dir/heads/<name>), checked against its manifest and this base.
+    """A head from its native folder (run_dir/heads/<name>), checked against its manifest and this base. A gate comes
+    with the drafter that its folder names.
 
     Raises DataError where the folder is incomplete or altered, or the head belongs to another base.
     """
-    return native.load(path, base.spec, device=base.device)
+    return Beside(base, None, None).load(path)
+
+
+def load_companion(path: str | Path, *, base: BaseLM, dtype: str = "float32") -> BaseLM:
+    """A second, smaller language model to draft with (`generate(…, draft=)`), on the base's device; DataError where it
+    has another tokenizer."""
+    companion = Beside(base, prepare.BaseConfig(path=str(path), dtype=dtype), None).companion
+    assert companion is not None
+    return companion
 
 
 def load_published(path: str | Path, kind: str, *, base: BaseLM, **settings: Any) -> Head:
@@ -67,23 +81,24 @@ def generate(
     input_ids: Sequence[int] | Tensor,
     *,
     head: Head | None = None,
+    draft: BaseLM | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
     depth: int | None = None,
     paths: list[list[int]] | None = None,
 ) -> Generation:
-    """Continues one prompt; with a head, faster and with the same tokens.
+    """Continues one prompt; with a head, faster.
 
-    input_ids: ids as a list, or a tensor of shape [T] or [1, T]. depth: a shorter chain than the head's;
-    paths: a static tree of rank paths. Without a head: plain autoregressive decoding by the same engine.
+    input_ids: ids as a list, or a tensor of shape [T] or [1, T]. head: a drafter; or a gate, which drafts with the
+    drafter it was trained for; or a primer, which is lossy: the text may be another one. draft: a companion as the
+    draft model. Without either: plain autoregressive decoding by the same engine. depth: a shorter chain than the
+    head's; paths: a static tree of rank paths.
+
+    temperature 0 is greedy; above it the text is drawn from the base's own distribution, the same for the same seed
+    with every head that drafts, while a draft model draws another text of the same distribution.
     Returns .tokens (new ids, end-of-text kept), .tokens_per_step, .accepted_drafts_per_step, .steps.
-    `seed` is for sampling, which is not built yet: ConfigError for a temperature other than 0.
     """
-    if temperature != 0:
-        raise ConfigError(f"temperature={temperature}: only greedy decoding (0) is built so far")
-    if head is not None and head.role != "drafter":
-        raise ConfigError(f"head: a {head.role} does not draft; give a drafter")
     prompt = input_ids.tolist() if hasattr(input_ids, "tolist") else list(input_ids)
     if prompt and isinstance(prompt[0], list):
         if len(prompt) != 1:
@@ -91,6 +106,31 @@ def generate(
         prompt = prompt[0]
     if not all(type(i) is int for i in prompt):
         raise ConfigError("input_ids: give token ids, e.g. base.tokenizer(text)['input_ids']")
-    drafter = cast(Drafter, head) if head is not None else None
-    shape = TreeConfig(depth, paths).shape(drafter.max_depth) if drafter else None
-    return decode(base, prompt, drafter=drafter, shape=shape, max_new_tokens=max_new_tokens, eos_ids=base.eos_ids)
+    given = _company(head, draft, depth)
+    shape = TreeConfig(depth, paths).shape(given.pop("deepest")) if given["drafter"] else None
+    return decode(
+        base,
+        prompt,
+        shape=shape,
+        max_new_tokens=max_new_tokens,
+        eos_ids=base.eos_ids,
+        temperature=temperature,
+        seed=seed,
+        **given,
+    )
+
+
+def _company(head: Head | None, draft: BaseLM | None, depth: int | None) -> dict[str, Any]:
+    """Who plays which role in the engine; where somebody drafts, `deepest` says how far that goes."""
+    if head is not None and draft is not None:
+        raise ConfigError("head, draft: give one of them")
+    if draft is not None:
+        drafter: Drafter = DraftModel(draft, depth or DRAFTS)
+        return {"drafter": drafter, "deepest": drafter.max_depth}
+    if isinstance(head, Acceptance):
+        drafter = head.beside
+        return {"drafter": drafter, "gate": head.gate(), "deepest": min(drafter.max_depth, head.config.max_depth)}
+    if head is None or head.role == "primer":
+        return {"drafter": None, "primer": cast("Primer | None", head)}
+    drafter = cast(Drafter, head)
+    return {"drafter": drafter, "deepest": drafter.max_depth}

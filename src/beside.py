@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftsmith import artifacts, config, prepare
-from draftsmith.contracts import BaseView, Head
 from draftsmith.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM
+    from draftsmith.contracts import Head
 
 
 class Beside:
@@ -77,7 +77,7 @@ class Beside:
         recorded = artifacts.read_json(Path(folder) / "config.json").get("beside") or {}
         mine = self if self._drafter or self._companion else self._recorded(recorded, folder)
         found = mine.drafter
-        if told(found)["sha256"] != recorded.get("sha256"):
+        if told(found).get("sha256") != recorded.get("sha256"):
             raise DataError(
                 f"{folder}: made for the drafter {recorded.get('kind')} of {recorded.get('path')}, whose weights are"
                 " others than those given; load the one it was trained for, or train a gate for this one"
@@ -102,9 +102,9 @@ def told(beside: Any, path: str | None = None) -> dict[str, Any]:
     """What an export says of it: enough to find it again and to refuse another. path: of a head's folder."""
     if beside is None:
         return {}
-    if isinstance(beside, Head):
+    if hasattr(beside, "state_dict"):  # a head
         sha256 = artifacts.tensors_sha256(beside.state_dict())
         return {"kind": type(beside).__name__, "path": path and str(Path(path).resolve()), "sha256": sha256}
-    companion: BaseView = getattr(beside, "companion", beside)
+    companion: BaseLM = getattr(beside, "companion", beside)
     kind = "companion" if companion is beside else "draft_model"
-    return {"kind": kind, "path": companion.spec.path, "sha256": companion.weights_sha256()}  # type: ignore[attr-defined]
+    return {"kind": kind, "path": companion.spec.path, "sha256": companion.weights_sha256()}

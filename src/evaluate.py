@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -70,7 +70,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     base = prepare.load_base(base_config, settings.device)
     around = Beside.of(around_of(cfg, of_run), base)
     heads = {name: around.load(f) for name, f in folders.items()}
-    asked, source = held_out(base, prompts, of_run, told, base.spec.max_positions - decoding.max_new_tokens)
+    room = base.spec.max_positions - decoding.max_new_tokens
+    asked, source = held_out(base, prompts, of_run, told, room, tuned_on(folders.values()))
     found = judged(base, heads, asked, decoding, baselines, settings, gate, around.companion)
     dtype = str(base.dtype).removeprefix("torch.")
     how = {"prompts": source, "repeats": settings.repeats, "threads": settings.threads, "device": str(base.device)}
@@ -246,6 +247,17 @@ def held_out(
         prepare.say(f"warning: {seen} of {len(asked)} prompts were trained on; these figures flatter the head")
     ids = [_prompt_ids(base, r, told, room) for r in asked]
     return ids, {**dataclasses.asdict(prompts), "count": len(asked), "trained_on": seen}
+
+
+def tuned_on(folders: Iterable[Path]) -> frozenset[str]:
+    """What was asked when these gates were tuned: no result may come from the same prompts."""
+    asked: frozenset[str] = frozenset()
+    for folder in folders:
+        said = artifacts.read_json(folder / "config.json").get("tuned") or {}
+        kept = {k: v for k, v in said.get("prompts", {}).items() if k not in ("count", "trained_on")}
+        if kept:
+            asked |= user_turns(supply.collect(config.typed(kept, PromptsConfig, f"{folder}: tuned.prompts")))
+    return asked
 
 
 def _prompt_ids(base: BaseLM, record: Record, told: ChatConfig, room: int) -> list[int]:

@@ -133,6 +133,14 @@ def rehearse(run_dir: Path, heads: Mapping[str, Head]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _whose_drafts(described: dict[str, Any]) -> str:
+    beside, tuned = described["beside"], described["tuned"]
+    told = f" Its drafter: {beside['kind']} of `{beside['path']}`." if beside else ""
+    if not tuned:
+        return told + " Its threshold is not tuned; draftsmith tune finds the one for a machine."
+    return told + f" Threshold {tuned['threshold']:g}, by draftsmith tune at temperature {tuned['temperature']:g}."
+
+
 def _version() -> str:
     try:
         return version("draftsmith")
@@ -145,11 +153,13 @@ def _card(described: dict[str, Any], parameters: int) -> str:
     settings = "\n".join(f"| {k} | {v} |" for k, v in head.items() if k != "_target_")
     training = "\n".join(f"| {k} | {v} |" for k, v in described["training"].items())
     whose = "the base's own with its adapter (folder `adapter`)" if base["adapter_sha256"] else "the base's own"
-    promise = (
-        "Decoding with it may change the base's output."
-        if described["lossy"]
-        else f"Greedy decoding with it returns exactly the tokens of {whose}."
-    ).replace("the tokens of the base's own.", "the base's own tokens.")
+    if described["lossy"]:
+        promise = "**Lossy**: decoding with it may change the base's output."
+    elif described["role"] == "gate":
+        promise = f"It ends drafting early and changes nothing in the output.{_whose_drafts(described)}"
+    else:
+        promise = f"Greedy decoding with it returns exactly the tokens of {whose}."
+        promise = promise.replace("the tokens of the base's own.", "the base's own tokens.")
     return f"""# {described["name"]}
 
 A {described["role"]} ({head["_target_"].rpartition(".")[2]}, {parameters:,} parameters) for the base
