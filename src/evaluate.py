@@ -60,6 +60,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         k: cfg[k] for k in ("load", "repeats", "batch_sizes", "batch_prompts", "prompt_lengths", "threads", "device")
     }
     settings = config.typed(own, EvaluateConfig, "evaluate")
+    if gate is not None and gate.kind == "oracle" and decoding.temperature:
+        raise ConfigError(
+            f"gate=oracle: knows a greedy text only; decoding.temperature={decoding.temperature:g} is not"
+        )
     run_dir = config.run_dir(cfg, "evaluate")
     folders, of_run = heads_of(run_dir, settings.load)
     base_config = base_of(cfg, folders, of_run)
@@ -78,6 +82,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     result = {
         "base": {**dataclasses.asdict(base.spec), "dtype": dtype},
         "decoding": {**dataclasses.asdict(decoding), **how},
+        **({} if gate is None else {"gate": dataclasses.asdict(gate)}),
         **found,
     }
     with artifacts.disk(run_dir, "evaluation.json"):

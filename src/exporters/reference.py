@@ -102,6 +102,28 @@ LAYOUTS: dict[str, Layout] = {
             "draft_vocab_size": head.draft_vocab,
         },
     ),
+    # Kaffaljidhmah2/SpecDec_pp, the acceptance head: blocks in a row, then the map to (refuse, accept)
+    "Acceptance": Layout(
+        names=lambda head: (
+            (r"blocks\.(\d+)\.(.*)", r"model.\1.\2"),
+            (r"out\.(.*)", rf"model.{head.config.num_layers}.\1"),
+        ),
+        describe=lambda head: {
+            "hidden_size": head.config.hidden_size or head.spec.hidden_size,
+            "num_layers": head.config.num_layers,
+        },
+    ),
+    # apple/corenet, KV prediction: the maps by their names; of the auxiliary, which is OpenELM there, the names are
+    # Llama's under their prefix; `base` is the frozen model
+    "KVPrediction": Layout(
+        names=(
+            (r"(key|value)s\.(.*)", r"predicter.auxkv_to_basekv.\1_transforms.\2"),
+            (r"lm_head\.(.*)", r"auxiliary.lm_head.\1"),
+            (r"(.*)", r"auxiliary.model.\1"),
+        ),
+        ignored=(r"base\..*",),
+        describe=lambda head: {"auxkv_num_layers_to_basekv_num_layers": head.layer_map},
+    ),
     # For Clover nothing was published: these keys are our choice, in the naming of the Clover-2 release
     "Clover": Layout(
         names=(

@@ -103,6 +103,27 @@ def clover2() -> Shapes:
     return found | {"clover_norm.weight": (D,), "clover_head_norm.weight": (D,)}
 
 
+def acceptance() -> Shapes:
+    """Two blocks and the map to two classes."""
+    found: Shapes = {"model.2.weight": (2, D), "model.2.bias": (2,)}
+    for n in range(2):
+        found |= {f"model.{n}.linear.weight": (D, D), f"model.{n}.linear.bias": (D,)}
+    return found
+
+
+def kv_prediction() -> Shapes:
+    """The auxiliary is two of the base's four layers. (The published one is an OpenELM; its layers' names are Llama's
+    here.)"""
+    found: Shapes = {"auxiliary.model.embed_tokens.weight": (V, D), "auxiliary.model.norm.weight": (D,)}
+    found |= {**block("auxiliary.model.layers.0"), **block("auxiliary.model.layers.1")}
+    wide = KV_HEADS * SIZE
+    for n in range(4):
+        for what in ("key", "value"):
+            name = f"predicter.auxkv_to_basekv.{what}_transforms.{n}"
+            found |= {f"{name}.weight": (wide, wide), f"{name}.bias": (wide,)}
+    return found | {"auxiliary.lm_head.weight": (V, D)}
+
+
 HYDRA_UNUSED: Shapes = {
     "prefix_embeding_layer.embed_tokens.weight": (V, D),
     "prefix_embeding_layer.layers.0.self_attn.rotary_emb.inv_freq": (SIZE // 2,),
@@ -135,6 +156,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], Shapes, Shapes]] = {
     "clover": ({"num_heads": 2}, clover(), {}),
     "clover2": ({}, clover2(), {"clover_embed_tokens.weight": (V, D), "lm_head.weight": (V, D)}),
     "hydra": ({"num_heads": 2}, hydra(), {}),
+    "acceptance": ({"num_layers": 2}, acceptance(), {}),
+    "kv_prediction": ({"keep": 0.5}, kv_prediction(), {"base.embed_tokens.weight": (V, D)}),
     "hydra_pp": ({"num_heads": 2, "num_layers": 3}, hydra_pp(), HYDRA_UNUSED),
 }
 
