@@ -145,13 +145,13 @@ class Contest:
 
     def figures(self, runs: Sequence[Run], settings: EvaluateConfig) -> tuple[dict[str, Any], dict[str, list[float]]]:
         """What the referee finds of every head with the first seed, and the tokens per step of the other seeds."""
-        from draftsmith import evaluate
+        from draftsmith import judging
         from draftsmith.decoding.referee import BaselinesConfig
 
         kept = [r for r in runs if r["chosen"] and not r["failed"]]
         prepare.say(f"\ndecoding {len(self.ids['prompts'])} prompts with every head, {settings.repeats} times each")
         heads = {r["head"]: self.head(r) for r in kept if r["seed"] == self.own.seeds[0]}
-        found = evaluate.judged(self.base, heads, self.ids["prompts"], self.decoding, BaselinesConfig(), settings)
+        found = judging.judged(self.base, heads, self.ids["prompts"], self.decoding, BaselinesConfig(), settings)
         others: dict[str, list[float]] = {name: [] for name in heads}
         for r in kept:
             if r["seed"] != self.own.seeds[0]:
@@ -165,12 +165,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     asking = {key: config.typed(cfg[key], PromptsConfig, key) for key in ("selection", "prompts")}
     trainings = {head: own.training(head) for head in own.compare}
 
-    from draftsmith import bench, evaluate
+    from draftsmith import bench, evaluate, judging
     from draftsmith.decoding.referee import DecodingConfig
 
     decoding = config.typed(cfg.decoding, DecodingConfig, "decoding")
-    judging = {name: getattr(own, name) for name in ("threads", "repeats", "batch_sizes", "batch_prompts")}
-    settings = config.typed(judging, evaluate.EvaluateConfig, "bakeoff")
+    own_keys = {name: getattr(own, name) for name in ("threads", "repeats", "batch_sizes", "batch_prompts")}
+    settings = config.typed(own_keys, evaluate.EvaluateConfig, "bakeoff")
     run_dir = config.run_dir(cfg, "bakeoff")
     with artifacts.disk(run_dir, "a run directory"):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     entries = leaderboard.entries(found["heads"], {h: c["ratio_of_sums"] for h, c in costs.items()}, others)
     prepare.say(f"\n{leaderboard.runs(runs)}\n\n{leaderboard.text(entries)}\n-> {run_dir / 'bakeoff.json'}")
     prepare.say(leaderboard.write(Path(own.out) if own.out else run_dir, entries, ("svg", "png")))
-    evaluate.check_proofs(found, str(base.dtype).removeprefix("torch."), run_dir / "bakeoff.json")
+    judging.check_proofs(found, str(base.dtype).removeprefix("torch."), run_dir / "bakeoff.json")
     return result
 
 

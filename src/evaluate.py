@@ -9,23 +9,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, config, prepare, supply
-from draftsmith.beside import DEPTH, Beside
-from draftsmith.contracts import Head, Needs
+from draftsmith import artifacts, config, judging, prepare, supply
+from draftsmith.beside import Beside
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.prompts import PromptsConfig, user_turns
 from draftsmith.data.records import Record
 from draftsmith.data.settings import DataConfig
-from draftsmith.decoding import gating, priming
-from draftsmith.decoding.engine import generate
-from draftsmith.decoding.gates import Confidence, Fixed, GateConfig, Oracle
-from draftsmith.decoding.measure import Contender, MakeGate
-from draftsmith.decoding.referee import COMPANY, HF, PLAIN, BaselinesConfig, DecodingConfig, Referee
-from draftsmith.errors import ConfigError, DataError, NumericsError
-from draftsmith.heads.acceptance import Acceptance, AcceptanceGate
-from draftsmith.heads.draft_model import DraftModel
+from draftsmith.decoding.gates import GateConfig
+from draftsmith.decoding.referee import COMPANY, HF, PLAIN, BaselinesConfig, DecodingConfig
+from draftsmith.errors import ConfigError, DataError
 from draftsmith.reporting import gates, leaderboard, primers, table
-from draftsmith.roles import Drafter
 
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM
@@ -76,7 +69,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     heads = {name: around.load(f) for name, f in folders.items()}
     room = base.spec.max_positions - decoding.max_new_tokens
     asked, source = held_out(base, prompts, of_run, told, room, tuned_on(folders.values()))
-    found = judged(base, heads, asked, decoding, baselines, settings, gate, around.companion)
+    found = judging.judged(base, heads, asked, decoding, baselines, settings, gate, around.companion)
     dtype = str(base.dtype).removeprefix("torch.")
     how = {"prompts": source, "repeats": settings.repeats, "threads": settings.threads, "device": str(base.device)}
     result = {
@@ -97,90 +90,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         prepare.say(primers.write(run_dir, found["primers"]))
     if any("gate" in head for head in found["heads"].values()):
         prepare.say(gates.write(run_dir, found["heads"]))
-    check_proofs(found, dtype, run_dir / "evaluation.json")
+    judging.check_proofs(found, dtype, run_dir / "evaluation.json")
     return result
-
-
-def judged(
-    base: BaseLM,
-    heads: Mapping[str, Head],
-    asked: list[list[int]],
-    decoding: DecodingConfig,
-    baselines: BaselinesConfig,
-    settings: EvaluateConfig,
-    gate: GateConfig | None = None,
-    companion: BaseLM | None = None,
-) -> dict[str, Any]:
-    """What the referee finds of these heads, with how large each is; of gates, between which bounds they stand; of
-    primers, what they cost and save."""
-    referee = Referee(
-        base,
-        decoding,
-        baselines,
-        base.eos_ids,
-        lambda p: base.generate([list(p)], max_new_tokens=decoding.max_new_tokens)[0],
-        _rescorer(base),
-        None if companion is None else DraftModel(companion, DEPTH),
-        settings.repeats,
-        settings.batch_sizes,
-        settings.batch_prompts,
-    )
-    own = contenders(referee, heads, gate)
-    found = referee.evaluate(own, asked)
-    for name in own:
-        found["heads"][name]["parameters"] = sum(p.numel() for p in heads[name].parameters())
-        if heads[name].role == "gate":
-            found["heads"][name]["gate"] = of_gate(referee, cast(Acceptance, heads[name]), gate, asked)
-    priming_heads = {name: head for name, head in heads.items() if head.role == "primer"}
-    if priming_heads:
-        limits: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "eos_ids": base.eos_ids}
-        answers = [generate(base, prompt, **limits).tokens for prompt in asked]
-        how: dict[str, Any] = {"lengths": settings.prompt_lengths, "repeats": settings.repeats}
-        found["primers"] = priming.judge(base, cast(Any, priming_heads), asked, answers, **how)
-    return found
-
-
-def contenders(referee: Referee, heads: Mapping[str, Head], gate: GateConfig | None) -> dict[str, Contender]:
-    """Drafters, under the gate that was asked for; gates with the drafter each was trained for."""
-    found = {}
-    for name, head in heads.items():
-        if head.role == "drafter":
-            maker = None if gate is None else without_weights(gate)
-            found[name] = referee.contender(cast(Drafter, head), gate=maker)
-        elif head.role == "gate":
-            if gate is not None and gate.kind != "acceptance":
-                raise ConfigError(f"gate={gate.kind}: {name} is a gate itself; give gate=acceptance, or none")
-            own = trained(cast(Acceptance, head), gate)
-            found[name] = referee.contender(head.beside, own.head.config.max_depth, gating.always(own))
-    return found
-
-
-def without_weights(gate: GateConfig) -> MakeGate:
-    if gate.kind == "fixed":
-        return gating.always(Fixed(gate.depth))
-    if gate.kind == "confidence":
-        return gating.always(Confidence(cast(float, gate.threshold)))
-    if gate.kind == "oracle":
-        return lambda prompt, answer: Oracle([*prompt, *answer])
-    raise ConfigError("gate=acceptance: a trained one is wanted; load=[…] its folder, alone or beside others")
-
-
-def trained(head: Acceptance, gate: GateConfig | None) -> AcceptanceGate:
-    return head.gate(gate.threshold, gate.min_depth) if gate else head.gate()
-
-
-def of_gate(referee: Referee, head: Acceptance, gate: GateConfig | None, asked: list[list[int]]) -> dict[str, Any]:
-    """A gate between its bounds, and whether its chances are true, on these prompts."""
-    own = trained(head, gate)
-    judge = gating.Judge(referee.base, head.beside, min(head.beside.max_depth, head.config.max_depth), referee.how)
-    hearing = gating.Hearing(head.chances)
-    judge.run(hearing, asked, hearing.watch)
-    return {
-        "threshold": own.threshold,
-        "min_depth": own.min_depth,
-        **judge.bounds(own, asked),
-        "calibration": gating.calibration(hearing.said, hearing.right),
-    }
 
 
 def around_of(cfg: DictConfig, of_run: dict[str, Any] | None) -> Mapping[str, Any]:
@@ -188,16 +99,6 @@ def around_of(cfg: DictConfig, of_run: dict[str, Any] | None) -> Mapping[str, An
     if cfg.get("companion") is not None or cfg.drafter is not None or of_run is None:
         return {"companion": cfg.get("companion"), "drafter": cfg.drafter}
     return {"companion": of_run.get("companion"), "drafter": of_run.get("drafter")}
-
-
-def check_proofs(found: Mapping[str, Any], dtype: str, written: Path) -> None:
-    """NumericsError if a base in fp32 or more did not keep its own tokens."""
-    proofs = {n: r["lossless"] for n, r in [*found["heads"].items(), *([(HF, found[HF])] if HF in found else [])]}
-    wrong = [name for name, proof in proofs.items() if proof and not proof["ok"]]
-    if wrong and dtype in ("float32", "float64"):
-        raise NumericsError(f"{', '.join(wrong)}: the output differs from the base's own; see {written}")
-    if wrong:
-        prepare.say(f"note: in {dtype} rounding decides between near-equal logits; base.dtype=float32 is the proof")
 
 
 def heads_of(run_dir: Path, load: Any) -> tuple[dict[str, Path], dict[str, Any] | None]:
@@ -286,22 +187,6 @@ def trained_on(of_run: dict[str, Any] | None) -> list[Record] | None:
     if of_run is None:
         return None
     return supply.asked_of(config.typed(of_run["data"], DataConfig, "data"))
-
-
-def _rescorer(base: BaseLM) -> Any:
-    """fp64 logits of the token after a prefix; the copy of the base is made when first asked."""
-    import torch
-
-    copies: list[BaseLM] = []
-
-    def rescore(prefix: list[int]) -> torch.Tensor:
-        if not copies:
-            copies.append(base.in_float64())
-        seen = copies[0].capture(Needs(final=True), torch.tensor([prefix], device=base.device))
-        assert seen.final is not None
-        return copies[0].lm_head(seen.final[:, -1:])[0, -1]
-
-    return rescore
 
 
 def main() -> None:
