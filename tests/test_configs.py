@@ -11,12 +11,13 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import bench, bench_data, config, prepare
+from draftsmith import bench, bench_data, config, evaluate, prepare, tune
 from draftsmith.cli import VERBS
 from draftsmith.contracts import BaseSpec, Head
 from draftsmith.data.labels import LabelsConfig
 from draftsmith.data.prompts import PromptsConfig
 from draftsmith.data.settings import DataConfig
+from draftsmith.decoding.gates import KINDS, GateConfig
 from draftsmith.decoding.referee import BaselinesConfig, DecodingConfig
 from draftsmith.errors import ConfigError
 from draftsmith.training.pretrain import PretrainConfig
@@ -30,6 +31,7 @@ SCHEMAS: dict[str, type] = {
     "companion": prepare.BaseConfig,
     "data": DataConfig,
     "decoding": DecodingConfig,
+    "gate": GateConfig,
     "optimizer": OptimizerConfig,
     "scheduler": SchedulerConfig,
     "strategy": StrategyConfig,
@@ -39,6 +41,7 @@ TARGETED = {"head", "exporter"}
 # what a verb's own file holds beside the groups: (verb, key) -> its dataclass
 OWN: dict[tuple[str, str], type] = {
     ("evaluate", "prompts"): PromptsConfig,
+    ("tune", "prompts"): PromptsConfig,
     ("bakeoff", "selection"): PromptsConfig,
     ("bakeoff", "prompts"): PromptsConfig,
     ("label", "labels"): LabelsConfig,
@@ -150,6 +153,22 @@ def test_the_default_yaml_shows_every_key(verb: str) -> None:
     """What cannot be seen in --cfg job cannot be changed without reading the code."""
     found = [gap for key, node, schema in parts(verb, compose(verb)) for gap in missing(node, schema, key)]
     assert found == []
+
+
+@pytest.mark.parametrize(("verb", "schema"), [("evaluate", evaluate.EvaluateConfig), ("tune", tune.TuneConfig)])
+def test_a_verbs_own_keys_are_in_its_root_and_fit(verb: str, schema: Any) -> None:
+    cfg = compose(verb)
+    own = {field.name: cfg[field.name] for field in dataclasses.fields(schema)}
+    assert isinstance(config.typed(own, schema, verb), schema)
+
+
+@pytest.mark.parametrize("name", CHOICES["gate"])
+def test_a_gate_is_named_after_its_kind(name: str) -> None:
+    assert config.typed(compose("evaluate", f"gate={name}").gate, GateConfig, "gate").kind == name
+
+
+def test_every_kind_of_gate_has_a_yaml() -> None:
+    assert sorted(KINDS) == CHOICES["gate"]
 
 
 @pytest.mark.parametrize("name", CHOICES["head"])

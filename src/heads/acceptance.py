@@ -156,7 +156,8 @@ class Acceptance(Head):
                 raise DataError("data: rows without labels; beside a draft model give what draftsmith label wrote")
             companion: BaseView = self.beside.companion
             where: dict[str, Any] = {"positions_BQ": batch.positions_BT, "mask_BQS": batch.visible()}
-            final_BTD = cast(Tensor, companion.capture(Needs(final=True), batch.tokens_BT, **where).final)
+            with torch.autocast(batch.tokens_BT.device.type, enabled=False):  # as it is in decoding
+                final_BTD = cast(Tensor, companion.capture(Needs(final=True), batch.tokens_BT, **where).final)
             ahead = 1 if self.config.reads == "before" else 0
             labels_BT, _ = future_tokens(batch.labels_BT, batch.documents_BT, ahead)
             _, counted_BT = counted_targets(batch.tokens_BT, batch.mask_BT, batch.documents_BT, ahead)

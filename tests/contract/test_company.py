@@ -1,6 +1,7 @@
 """Several heads on one base forward: each ends with the weights it would have alone, bit for bit.
 
-Heads are found in conf/head/*.yaml; those that train an adapter of the base have no company.
+Heads are found in conf/head/*.yaml; those that train an adapter of the base have no company. Whoever wants a drafter
+beside it gets a draft model; one that learns from rows with labels would have no company either, and none does.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from draftsmith import config
 from draftsmith.data.module import RowsModule
 from draftsmith.data.rows import Row
+from draftsmith.heads.draft_model import DraftModel
 from draftsmith.training.fit import fit, new_head
 from draftsmith.training.settings import OptimizerConfig, SchedulerConfig, Settings, StrategyConfig, TrainerConfig
 
@@ -34,6 +36,15 @@ def chosen() -> dict[str, tuple[Any, Any]]:
 HEADS = chosen()
 
 
+def beside(name: str, tiny_base: Any) -> Any:
+    kind, own = HEADS[name]
+    if kind.wants != "drafter":
+        return None
+    drafter = DraftModel(tiny_base("llama", seed=3, hidden_size=24))
+    assert not kind.reads_labels(own, drafter)
+    return drafter
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
     g = torch.Generator().manual_seed(0)
@@ -50,7 +61,7 @@ def train(rows: list[Row], tiny_base: Any, tmp_path_factory: pytest.TempPathFact
 
     def go(names: Sequence[str]) -> tuple[dict[str, dict[str, torch.Tensor]], int]:
         base = tiny_base()
-        heads = {n: new_head(*HEADS[n], n, base, 7) for n in names}
+        heads = {n: new_head(*HEADS[n], n, base, 7, beside=beside(n, tiny_base)) for n in names}
         horizon = max(h.horizon for h in heads.values())
         layout = {"length": 32, "batch_size": 2, "accumulate": ACCUMULATE, "horizon": horizon, "seed": 7}
         trainer = TrainerConfig(max_steps=STEPS, accumulate=ACCUMULATE, log_every=2)
@@ -99,7 +110,7 @@ def test_the_base_runs_once_per_micro_batch_for_all_of_them(together: Any) -> No
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_in_company_is_the_head_alone_bit_for_bit(name: str, together: Any, train: Any, tiny_base: Any) -> None:
     alone, forwards = train([name])
-    fresh = new_head(*HEADS[name], name, tiny_base(), 7).state_dict()
+    fresh = new_head(*HEADS[name], name, tiny_base(), 7, beside=beside(name, tiny_base)).state_dict()
     assert any(not torch.equal(t, fresh[key]) for key, t in alone[name].items()), "nothing was learned"
     assert forwards == STEPS * ACCUMULATE
     assert all(torch.equal(t, together[0][name][key]) for key, t in alone[name].items())

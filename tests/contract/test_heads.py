@@ -1,8 +1,11 @@
 """What every head owes us. Heads are found in conf/head/*.yaml, and each is also tried with every switch of its
-Config turned over; which tests apply is read from `role` and `lossy` of the class, never from a name."""
+Config turned over; which tests apply is read from `role`, `lossy` and `wants` of the class, never from a name. Who
+wants a drafter beside it gets a draft model, of a second tiny base."""
 
 import dataclasses
 import itertools
+import math
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,12 @@ from draftsmith.decoding import tree
 from draftsmith.decoding.engine import generate
 from draftsmith.errors import ConfigError
 from draftsmith.exporters import native
+from draftsmith.heads.draft_model import DraftModel
 from draftsmith.roles import State
 from draftsmith.training.fit import new_adapter, new_head
 
 # role -> what a head of that role must offer beside forward and loss
-ROLES = {"drafter": ("propose", "max_depth")}
+ROLES = {"drafter": ("propose", "max_depth"), "gate": ("gate",), "primer": ("prime",)}
 FOLDER = Path(__file__).parents[2] / "conf" / "head"
 
 
@@ -40,6 +44,8 @@ def faults(kind: Any) -> list[str]:
     if type(getattr(kind, "lossy", None)) is not bool:
         found.append("lossy: say True or False")
     found += [f"{role} without {name}" for name in ROLES.get(role, ()) if not hasattr(kind, name)]
+    if role == "gate" and not getattr(kind, "wants", ""):
+        found.append("wants: say whom it judges")
     if not (dataclasses.is_dataclass(schema) and schema.__dataclass_params__.frozen):
         found.append("Config: give a frozen dataclass")
     if getattr(kind, "forward", nn.Module.forward) is nn.Module.forward:
@@ -58,14 +64,17 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """Every head yaml as it stands, with each of its switches turned over where its Config allows that, and with a
-    vocabulary smaller than the base's where it has one."""
+    """Every head yaml as it stands, with each of its switches turned over where its Config allows that, every other
+    word where it chooses among some, and a vocabulary smaller than the base's where it has one."""
     found = []
     for path in sorted(FOLDER.glob("*.yaml")):
         node: Any = OmegaConf.to_container(OmegaConf.load(path))
         kind = config.target(node, f"heads.{path.stem}")
         switches = {k: not v for k, v in node.items() if isinstance(v, bool)}
         switches |= {k: 45 for k in node if k.endswith("vocab_size")}  # of the tiny bases' 60 tokens
+        for key, hint in typing.get_type_hints(kind.Config).items():
+            if typing.get_origin(hint) is typing.Literal:
+                (switches[key],) = set(typing.get_args(hint)) - {node[key]}
         for switch in [None, *switches]:
             values = node if switch is None else {**node, switch: switches[switch]}
             try:
@@ -82,6 +91,9 @@ VARIANTS = variants()
 every_head = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 drafters = [v for v in VARIANTS if getattr(v.kind, "role", None) == "drafter"]
 every_drafter = pytest.mark.parametrize("variant", drafters, ids=str)
+gates = [v for v in VARIANTS if getattr(v.kind, "role", None) == "gate"]
+every_gate = pytest.mark.parametrize("variant", gates, ids=str)
+every_head_of_the_base = pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in gates], ids=str)
 every_exact_drafter = pytest.mark.parametrize("variant", [v for v in drafters if not v.kind.lossy], ids=str)
 
 
@@ -95,9 +107,15 @@ def make(tiny_base: Any, noisy: Any) -> Callable[..., tuple[Any, Head]]:
             base = tiny_base.__wrapped__(family)
             new_adapter(base, LoraConfig(rank=3), seed)
             noisy(base.adapter, scale)
-        return base, noisy(new_head(variant.kind, variant.own, variant.name, base, seed), scale).eval()
+        beside = DraftModel(tiny_base("llama", seed=3, hidden_size=24), depth=4) if wants_a_drafter(variant) else None
+        head = new_head(variant.kind, variant.own, variant.name, base, seed, beside=beside)
+        return base, noisy(head, scale).eval()
 
     return of
+
+
+def wants_a_drafter(variant: Variant) -> bool:
+    return bool(variant.kind.wants == "drafter")
 
 
 LENGTH = 26
@@ -109,18 +127,20 @@ ROWS = [  # (tokens, of which the last so many are to be learned); two packs, th
 ]
 
 
-def a_batch(horizon: int, learn: Callable[[int, int], bool] | None = None, seed: int = 0, said_by: Any = None) -> Batch:
+def a_batch(head: Head, learn: Callable[[int, int], bool] | None = None, seed: int = 0, said_by: Any = None) -> Batch:
     """Two packed sequences with padding. learn(document, position) chooses the targets, by default ROWS does.
-    said_by: a base whose own greedy text the rows are, where chance tokens would teach soft labels nothing."""
-    generator = torch.Generator().manual_seed(seed)
+    said_by: a base whose own greedy text the rows are, where chance tokens would teach soft labels nothing. A head
+    that reads labels gets one wherever something is learned."""
+    generator, labelled = torch.Generator().manual_seed(seed), head.reads_labels(head.config, head.beside)
     rows = []
     for d, (n, learned) in enumerate(ROWS):
         ids = torch.randint(0, 60, (n,), generator=generator).tolist()
         if said_by is not None:
             ids = [ids[0], *said_by.generate([ids[:1]], max_new_tokens=n - 1)[0]]
         mask = [int(learn(d, t) if learn else t >= n - learned) for t in range(n)]
-        rows.append(Row(str(d), ids, mask))
-    total = torch.from_numpy(Rows.of(rows).counts(horizon).sum(0))
+        labels = [t % 3 / 2 if learned else math.nan for t, learned in zip(ids, mask, strict=True)]
+        rows.append(Row(str(d), ids, mask, labels=labels if labelled else None))
+    total = torch.from_numpy(Rows.of(rows).counts(head.horizon).sum(0))
     return collate([rows[:3], rows[3:]], LENGTH, total)
 
 
@@ -224,9 +244,12 @@ def test_what_is_no_head_is_told_so() -> None:
     parts = {k: v for k, v in vars(Whole).items() if not k.startswith("__") and k != "_abc_impl"}
     assert faults(Whole) == []
     assert faults(type("Roleless", (Head,), {k: v for k, v in parts.items() if k != "role"})) == [
-        "role=None: give one of ['drafter']"
+        "role=None: give one of ['drafter', 'gate', 'primer']"
     ]
     assert "role='gatekeeper'" in without(role="gatekeeper")[0]
+    assert without(role="gate") == ["gate without gate", "wants: say whom it judges"]
+    assert without(role="gate", gate=None, wants="drafter") == []
+    assert without(role="primer") == ["primer without prime"]
     assert without(lossy="no") == ["lossy: say True or False"]
     assert without(Config=dataclasses.make_dataclass("Open", [])) == ["Config: give a frozen dataclass"]
     for name, told in (("propose", "drafter without propose"), ("loss", "loss is missing"), ("forward", "has no for")):
@@ -256,8 +279,8 @@ class NoMemory(TorchDispatchMode):
 @every_head
 def test_on_the_meta_device_nothing_is_allocated(variant: Variant, make: Any) -> None:
     base, real = make(variant)
-    with torch.device("meta"), NoMemory():
-        head = variant.kind(variant.own, base.spec)
+    with torch.device("meta"), NoMemory():  # with all that follows from base and beside told, as it is exported
+        head = variant.kind(real.config, base.spec)
     shapes = {name: t.shape for name, t in head.state_dict().items()}
     assert all(t.is_meta for t in head.state_dict().values())
     assert shapes == {name: t.shape for name, t in real.state_dict().items()}
@@ -278,7 +301,7 @@ def test_it_starts_from_seed_and_name_alone(variant: Variant, make: Any) -> None
 @every_head
 def test_the_loss_falls_on_one_batch(variant: Variant, make: Any) -> None:
     base, head = make(variant, 0.0)
-    losses = train(base, head, a_batch(head.horizon), 60)
+    losses = train(base, head, a_batch(head), 60)
     assert all(torch.isfinite(torch.tensor(losses)))
     assert 0 <= losses[-1] < 0.7 * losses[0]
 
@@ -289,7 +312,9 @@ def test_gradients_reach_every_parameter_of_the_head_and_none_of_the_base(varian
     before = base.weights_sha256()
     adapter = [] if base.adapter is None else list(base.adapter.parameters())
     frozen = [p for p in [*base.model.parameters(), *base.model.buffers()] if not any(p is a for a in adapter)]
-    batch = a_batch(head.horizon)
+    others = list(head.beside.companion.model.parameters()) if wants_a_drafter(variant) else []
+    frozen += others
+    batch = a_batch(head)
     where = {"positions_BQ": batch.positions_BT, "mask_BQS": batch.visible()}
     head.loss(base, base.capture(head.needs, batch.tokens_BT, **where), batch).sum.backward()
     assert head.adapts == bool(adapter)
@@ -298,14 +323,14 @@ def test_gradients_reach_every_parameter_of_the_head_and_none_of_the_base(varian
     assert [p.shape for p in frozen if p.grad is not None or p.requires_grad] == []
     assert {p.data_ptr() for p in head.parameters()} & {p.data_ptr() for p in frozen} == set()
     assert len({p.data_ptr() for p in head.parameters()}) == len(list(head.parameters()))
-    train(base, head, a_batch(head.horizon), 3)
+    train(base, head, a_batch(head), 3)
     assert base.weights_sha256() == before
 
 
 @every_head
 def test_the_normaliser_belongs_to_the_batch_and_metrics_carry_no_gradient(variant: Variant, make: Any) -> None:
     (base, one), (_, two) = make(variant, 0.1), make(variant, 1.0)
-    batch = a_batch(one.horizon)
+    batch = a_batch(one)
     a, b = loss_of(base, one, batch), loss_of(base, two, batch)
     assert float(a.sum.detach()) != float(b.sum.detach())
     assert a.sum.ndim == a.count.ndim == 0
@@ -319,7 +344,7 @@ def test_the_normaliser_belongs_to_the_batch_and_metrics_carry_no_gradient(varia
 def test_the_sum_is_that_of_its_rows(variant: Variant, make: Any) -> None:
     """So that any cut into micro-batches and processes gives the same gradient."""
     base, head = make(variant)
-    whole = a_batch(head.horizon)
+    whole = a_batch(head)
     halves = [
         Batch(**{k: v if k == "counts_K" or v is None else v[i : i + 1] for k, v in vars(whole).items()})
         for i in range(len(whole.tokens_BT))
@@ -332,7 +357,7 @@ def test_the_sum_is_that_of_its_rows(variant: Variant, make: Any) -> None:
 @every_head
 def test_a_batch_with_nothing_to_learn_costs_nothing(variant: Variant, make: Any) -> None:
     base, head = make(variant)
-    out = loss_of(base, head, a_batch(head.horizon, lambda document, t: False))
+    out = loss_of(base, head, a_batch(head, lambda document, t: False))
     (out.sum / out.count.clamp(min=1)).backward()
     assert (float(out.sum.detach()), int(out.count)) == (0.0, 0)
     assert all(p.grad is None or not p.grad.any() for p in head.parameters())
@@ -341,7 +366,7 @@ def test_a_batch_with_nothing_to_learn_costs_nothing(variant: Variant, make: Any
 @every_head
 def test_a_forward_shared_with_other_heads_changes_nothing(variant: Variant, make: Any) -> None:
     base, head = make(variant)
-    batch = a_batch(head.horizon)
+    batch = a_batch(head)
     everything = head.needs | Needs(frozenset(range(base.spec.num_layers + 1)), final=True, logits=True)
     assert torch.equal(head.loss(base, capture(base, everything, batch), batch).sum, loss_of(base, head, batch).sum)
 
@@ -351,10 +376,10 @@ DOCUMENT, FIRST, TARGET = 1, 12, 16
 
 
 def only_target(head: Head) -> Batch:
-    return a_batch(head.horizon, lambda document, t: (document, FIRST + t) == (DOCUMENT, TARGET))
+    return a_batch(head, lambda document, t: (document, FIRST + t) == (DOCUMENT, TARGET))
 
 
-@every_head
+@every_head_of_the_base  # gates learn from states that nobody sends a gradient to; the test below covers them
 def test_the_loss_of_a_token_looks_only_at_what_stands_before_it(variant: Variant, make: Any) -> None:
     base, head = make(variant)
     batch = only_target(head)
@@ -405,7 +430,7 @@ def test_its_logits_do_not_know_later_tokens(variant: Variant, make: Any) -> Non
 def test_logits_in_training_equal_those_in_decoding(variant: Variant, make: Any, recording: Any) -> None:
     """The engine's incremental captures against the capture of a packed batch that holds the same text."""
     base, head = make(variant, 0.0)
-    batch = a_batch(head.horizon, said_by=base)
+    batch = a_batch(head, said_by=base)
     train(base, head, batch, 25)
     shape, engine, prompt = shape_for(head), recording(head), batch.tokens_BT[1, :4].tolist()
     out, decoding = overhear(head, lambda: generate(base, prompt, drafter=engine, shape=shape, max_new_tokens=40))
@@ -426,7 +451,7 @@ def test_the_estimate_in_training_is_what_drafting_would_reach(variant: Variant,
     """`tokens_per_step` of the loss counts, over positions, the base's token and the drafts right in a row;
     here the head drafts at every one of these positions. A shift between the two would show."""
     base, head = make(variant, 0.0)
-    batch = a_batch(head.horizon, said_by=base)
+    batch = a_batch(head, said_by=base)
     train(base, head, batch, 25)
     seen = capture(base, head.needs, batch)
     told, positions = loss_of(base, head, batch).metrics["tokens_per_step"]
@@ -465,7 +490,7 @@ def test_greedy_decoding_returns_the_bases_own_tokens(variant: Variant, weights:
     """§11.27, §11.33: chains and trees, drafts right and wrong."""
     base, head = make(variant, 0.0 if weights == "trained" else 0.3, family=family)
     if weights == "trained":
-        train(base, head, a_batch(head.horizon, said_by=base), 12)
+        train(base, head, a_batch(head, said_by=base), 12)
     before = base.weights_sha256()
     for prompt in ([7], list(range(30, 44))):
         reference = base.generate([prompt], max_new_tokens=28)[0]
@@ -476,6 +501,29 @@ def test_greedy_decoding_returns_the_bases_own_tokens(variant: Variant, weights:
     assert base.weights_sha256() == before
 
 
+@every_gate
+def test_a_gate_with_random_weights_changes_no_token(variant: Variant, make: Any) -> None:
+    """§11.27: whatever it says, and it says both. A drafter that draws has the same distribution, not the same text."""
+    base, head = make(variant)
+    untold, depths = base.generate([[7, 8]], max_new_tokens=28)[0], set()
+    for shape in (tree.chain(4), tree.by_widths([2, 2, 1, 1])):
+        for threshold in (0.01, 0.5, 0.99):
+            asked: Any = {"shape": shape, "watch": lambda p, verdict: depths.add(int(tree.depths(p.parents_N).max()))}
+            gate = head.gate(threshold, 1)
+            assert generate(base, [7, 8], drafter=head.beside, gate=gate, max_new_tokens=28, **asked).tokens == untold
+    assert len(depths) > 1
+
+
+@every_gate
+def test_a_gate_is_the_same_at_work_when_it_comes_back(variant: Variant, make: Any, tmp_path: Path) -> None:
+    base, head = make(variant, 0.3)
+    native.save(tmp_path / "head", head, name=variant.name)
+    back: Any = native.load(tmp_path / "head", base.spec)  # nobody beside it: states are all that it reads
+    states = torch.randn(9, head.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(back(states), head(states))
+    assert dataclasses.replace(back.gate(), head=head) == head.gate()
+
+
 # On disk
 
 
@@ -484,6 +532,7 @@ def test_it_comes_back_from_its_native_folder_bit_for_bit(variant: Variant, make
     base, head = make(variant)
     native.save(tmp_path / "head", head, name=variant.name)
     back = native.load(tmp_path / "head", base.spec)
+    back.attach(head.beside)  # whoever stands beside a head is not saved with it
     assert type(back) is type(head)
     assert back.config == head.config
     assert back.state_dict().keys() == head.state_dict().keys()
@@ -491,7 +540,7 @@ def test_it_comes_back_from_its_native_folder_bit_for_bit(variant: Variant, make
     assert load_file(tmp_path / "head" / native.WEIGHTS).keys() == dict(head.named_parameters()).keys() | {
         name for name, _ in head.named_buffers() if name in head.state_dict()
     }
-    batch = a_batch(head.horizon)
+    batch = a_batch(head)
     assert torch.equal(loss_of(base, back, batch).sum, loss_of(base, head, batch).sum)
 
 
@@ -510,4 +559,4 @@ def test_what_comes_back_drafts_the_same(variant: Variant, make: Any, tmp_path: 
 
 def test_every_head_yaml_is_tried() -> None:
     assert {v.name.partition("-")[0] for v in VARIANTS} == {p.stem for p in FOLDER.glob("*.yaml")}
-    assert drafters
+    assert {v.kind.role for v in VARIANTS} == ROLES.keys()

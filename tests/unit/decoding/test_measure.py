@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from draftsmith.decoding import measure
 from draftsmith.decoding.engine import Generation
@@ -55,7 +56,7 @@ def test_medians_over_repeats_and_the_rotating_order(monkeypatch: pytest.MonkeyP
     clock, calls = Clock(), []
     plain_times = itertools.chain([100, 100], itertools.cycle([1, 9, 2]))  # two untimed calls come first
 
-    def generate(base, prompt, *, drafter=None, max_new_tokens, eos_ids=frozenset(), shape=None, copies=1):
+    def generate(base, prompt, *, drafter=None, max_new_tokens, eos_ids=frozenset(), **more):
         if max_new_tokens == measure.PAST and not eos_ids:
             return Generation([8] * measure.PAST, Stats(), "length")
         calls.append("head" if drafter else "plain")
@@ -90,7 +91,7 @@ def test_medians_over_repeats_and_the_rotating_order(monkeypatch: pytest.MonkeyP
 def test_copies_reach_every_decoding_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def generate(base, prompt, *, drafter=None, max_new_tokens, eos_ids=frozenset(), shape=None, copies=1):
+    def generate(base, prompt, *, max_new_tokens, copies=1, **more):
         asked.append((max_new_tokens, copies))
         return Generation([5], Stats(steps=1, verify_seconds=1.0), "length")
 
@@ -102,3 +103,51 @@ def test_copies_reach_every_decoding_of_ours(monkeypatch: pytest.MonkeyPatch) ->
     told = {"max_new_tokens": 2, "eos_ids": frozenset(), "repeats": 2, "copies": 4}
     measure.measure(Base(), [[1]], {"head": Contender(lambda prompt, answer: object())}, {}, **told)
     assert {copies for limit, copies in asked if limit == 2} == {4}
+
+
+def test_temperature_seed_and_gate_reach_every_decoding_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampled text has no continuation that an oracle could be told."""
+    asked = []
+
+    def generate(base, prompt, *, max_new_tokens, drafter=None, gate=None, temperature=0.0, seed=0, **more):
+        asked.append((max_new_tokens, temperature, seed, gate if drafter else None))
+        return Generation([5], Stats(steps=1, verify_seconds=1.0), "length")
+
+    class Base:
+        class spec:
+            max_positions = 100
+
+    monkeypatch.setattr(measure, "generate", generate)
+    told = []
+
+    def gate(prompt, answer):
+        told.append((prompt, answer))
+        return "gate"
+
+    contenders = {"head": Contender(lambda prompt, answer: object(), None, gate)}
+    how = {"max_new_tokens": 2, "eos_ids": frozenset(), "repeats": 2}
+    measure.measure(Base(), [[1]], contenders, {}, temperature=0.7, seed=9, **how)
+    assert {call[:3] for call in asked} == {(2, 0.7, 9)}
+    assert {call[3] for call in asked} == {None, "gate"}
+    assert told == [([1], [5])] * 3
+    asked.clear()
+    measure.measure(Base(), [[1]], contenders, {}, **how)
+    assert {call[:3] for call in asked} == {(2, 0.0, 0), (measure.PAST, 0.0, 0)}
+    assert told[-1] == ([1], [5, 5])
+
+
+def test_where_a_gated_contender_differs_it_decodes_on_under_a_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def generate(base, prompt, *, drafter, shape, gate, max_new_tokens, eos_ids):
+        asked.append((list(prompt), drafter, gate))
+        return Generation([8][:max_new_tokens], Stats(), "length")
+
+    monkeypatch.setattr(measure, "generate", generate)
+    contender = Contender(lambda prompt, answer: "drafter", None, lambda prompt, answer: ("gate", list(prompt)))
+    near = lambda ids: torch.tensor([0.0, 0, 0, 0, 0, 0, 1.0, 1.0, 0.5])  # noqa: E731  6 and 7 are a tie
+    found = measure.lossless(
+        None, [[1]], contender, [[5, 6, 8]], [[5, 7, 8]], near, max_new_tokens=3, eos_ids=frozenset()
+    )
+    assert (found.mismatches, found.near_ties) == (0, 1)
+    assert asked == [([1, 5, 7], "drafter", ("gate", [1, 5, 7]))]
