@@ -34,8 +34,9 @@ def test_visible_is_own_document_up_to_oneself() -> None:
 
 def test_batch_moves_whole() -> None:
     zeros = torch.zeros(1, 2, dtype=torch.long)
-    moved = Batch(zeros, zeros, zeros, zeros.bool(), torch.zeros(3)).to("meta")
+    moved = Batch(zeros, zeros, zeros, zeros.bool(), torch.zeros(3), zeros.float()).to("meta")
     assert all(t.device.type == "meta" for t in vars(moved).values())
+    assert Batch(zeros, zeros, zeros, zeros.bool(), torch.zeros(3)).to("meta").labels_BT is None
 
 
 def test_tree_shape_and_verdict() -> None:

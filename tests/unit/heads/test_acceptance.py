@@ -332,6 +332,18 @@ def test_the_loss_beside_a_head(
     check(base, head, batch, lessons, int(batch.counts_K[2]))
 
 
+@pytest.mark.parametrize("verify", ["greedy", "sampling"])
+def test_mixed_precision_does_not_reach_what_the_drafter_says(
+    verify: Any, base: BaseLM, draft_model: DraftModel, make_batch: MakeBatch, stirred: Any
+) -> None:
+    batch, head = with_labels(make_batch(0, rows=3)), stirred(base, draft_model, verify=verify)
+    seen = see(base, head, batch)
+    plain, _, _ = head._learned(base, seen, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, _, _ = head._learned(base, seen, batch)
+    assert torch.equal(plain, mixed)
+
+
 def noisy_copy(base: BaseLM, noisy: Any) -> BaseLM:
     """A companion that agrees with the base at times."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
