@@ -41,21 +41,26 @@ class Beside:
 
     @property
     def drafter(self) -> Any:
-        """Whose drafts a gate judges: a trained head, or the companion as a draft model; None for nobody."""
-        if "drafter" not in self._loaded:
-            if self._drafter is not None and self._companion is not None:
-                raise ConfigError("drafter, companion: both are given; a gate judges one of them")
-            self._loaded["drafter"] = self._made()
-        return self._loaded["drafter"]
+        """Whose drafts a gate is to judge: a trained head, or the companion as a draft model; None for nobody."""
+        if self._drafter is not None and self._companion is not None:
+            raise ConfigError("drafter, companion: both are given; a gate judges one of them")
+        return self.head if self._drafter is not None else self.draft_model
 
-    def _made(self) -> Any:
-        if self._drafter is not None:
+    @property
+    def head(self) -> Head | None:
+        """The trained drafter."""
+        if self._drafter is not None and "head" not in self._loaded:
             from draftsmith.exporters import native
 
             head = native.load(self._drafter, self.base.spec, device=self.base.device)
             if head.role != "drafter":
                 raise ConfigError(f"drafter: {self._drafter} is a {head.role}; give the folder of a drafter")
-            return head
+            self._loaded["head"] = head
+        return self._loaded.get("head")
+
+    @property
+    def draft_model(self) -> Any:
+        """The companion as a drafter."""
         if self.companion is None:
             return None
         from draftsmith.heads.draft_model import DraftModel
@@ -64,7 +69,7 @@ class Beside:
 
     def of_kind(self, kind: type[Head]) -> Any:
         """What a head of this kind is to be built beside."""
-        return {"": None, "drafter": self.drafter, "companion": self.companion}[kind.wants] if kind.wants else None
+        return self.drafter if kind.wants == "drafter" else self.companion if kind.wants == "companion" else None
 
     def load(self, folder: Path | str) -> Head:
         """A head of any role from its native folder. A gate comes with its drafter: the one of the command line, else
@@ -72,29 +77,32 @@ class Beside:
         from draftsmith.exporters import native
 
         head = native.load(folder, self.base.spec, device=self.base.device)
-        if head.role != "gate":
-            return head
-        recorded = artifacts.read_json(Path(folder) / "config.json").get("beside") or {}
-        mine = self if self._drafter or self._companion else self._recorded(recorded, folder)
-        found = mine.drafter
-        if told(found).get("sha256") != recorded.get("sha256"):
-            raise DataError(
-                f"{folder}: made for the drafter {recorded.get('kind')} of {recorded.get('path')}, whose weights are"
-                " others than those given; load the one it was trained for, or train a gate for this one"
-            )
-        head.attach(found)
+        if head.role == "gate":
+            recorded = head.said["beside"]
+            found = self._given(recorded) or self._recorded(recorded, folder)
+            if told(found)["sha256"] != recorded.get("sha256"):
+                raise DataError(
+                    f"{folder}: made for the drafter {recorded.get('kind')} of {recorded.get('path')}, whose weights"
+                    " are others than those given; load the one it was trained for, or train a gate for this one"
+                )
+            head.attach(found)
         return head
 
-    def _recorded(self, recorded: Mapping[str, Any], folder: Path | str) -> Beside:
+    def _given(self, recorded: Mapping[str, Any]) -> Any:
+        """The drafter of the command line. A companion may be there only to be compared with."""
+        return self.head or (self.draft_model if recorded.get("kind") == DRAFT_MODEL else None)
+
+    def _recorded(self, recorded: Mapping[str, Any], folder: Path | str) -> Any:
         path, kind = str(recorded.get("path")), recorded.get("kind")
         if not Path(path).is_dir():
-            key = "companion=hf companion.path" if kind == "draft_model" else "drafter"
+            key = "companion=hf companion.path" if kind == DRAFT_MODEL else "drafter"
             raise DataError(f"{folder}: its drafter was at {path}, where nothing is now; give {key}=…")
-        if kind == "draft_model":
-            return Beside(self.base, prepare.BaseConfig(path=path), None)
-        return Beside(self.base, None, path)
+        if kind == DRAFT_MODEL:
+            return Beside(self.base, prepare.BaseConfig(path=path), None).draft_model
+        return Beside(self.base, None, path).head
 
 
+DRAFT_MODEL = "draft_model"
 DEPTH = 16  # the deepest chain of a draft model; decoding.depth and gates make shorter ones
 
 
@@ -106,5 +114,5 @@ def told(beside: Any, path: str | None = None) -> dict[str, Any]:
         sha256 = artifacts.tensors_sha256(beside.state_dict())
         return {"kind": type(beside).__name__, "path": path and str(Path(path).resolve()), "sha256": sha256}
     companion: BaseLM = getattr(beside, "companion", beside)
-    kind = "companion" if companion is beside else "draft_model"
+    kind = "companion" if companion is beside else DRAFT_MODEL
     return {"kind": kind, "path": companion.spec.path, "sha256": companion.weights_sha256()}

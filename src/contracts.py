@@ -28,6 +28,7 @@ the K/V including this forward's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -280,10 +281,14 @@ class Head(nn.Module, ABC):
 
     beside: what stands beside the base and belongs to somebody else: the drafter that a gate judges, the companion
     that an auxiliary starts from. Neither trained nor saved with the head; `attach` sets it, before `initialise`.
+
+    said: what its native folder tells beside config and weights (how it was trained, who stands beside it, how it was
+    tuned); kept when it is saved again.
     """
 
     progress = 1.0
     beside: Any = None
+    said: Mapping[str, Any] = {}
 
     Config: ClassVar[type]
     role: ClassVar[str]  # "drafter", "gate" or "primer"

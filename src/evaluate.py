@@ -22,6 +22,7 @@ from draftsmith.reporting import gates, leaderboard, primers, table
 
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM
+    from draftsmith.contracts import Head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     around = Beside.of(around_of(cfg, of_run), base)
     heads = {name: around.load(f) for name, f in folders.items()}
     room = base.spec.max_positions - decoding.max_new_tokens
-    asked, source = held_out(base, prompts, of_run, told, room, tuned_on(folders.values()))
+    asked, source = held_out(base, prompts, of_run, told, room, tuned_on(heads.values()))
     found = judging.judged(base, heads, asked, decoding, baselines, settings, gate, around.companion)
     dtype = str(base.dtype).removeprefix("torch.")
     how = {"prompts": source, "repeats": settings.repeats, "threads": settings.threads, "device": str(base.device)}
@@ -95,10 +96,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def around_of(cfg: DictConfig, of_run: dict[str, Any] | None) -> Mapping[str, Any]:
-    """companion and drafter of this command line, else the run's."""
+    """companion and drafter of this command line, else the run's companion. (The run's drafter is found through the
+    gate's own record, whatever folder this command is given in.)"""
     if cfg.get("companion") is not None or cfg.drafter is not None or of_run is None:
         return {"companion": cfg.get("companion"), "drafter": cfg.drafter}
-    return {"companion": of_run.get("companion"), "drafter": of_run.get("drafter")}
+    return {"companion": of_run.get("companion"), "drafter": None}
 
 
 def heads_of(run_dir: Path, load: Any) -> tuple[dict[str, Path], dict[str, Any] | None]:
@@ -155,14 +157,14 @@ def held_out(
     return ids, {**dataclasses.asdict(prompts), "count": len(asked), "trained_on": seen}
 
 
-def tuned_on(folders: Iterable[Path]) -> frozenset[str]:
+def tuned_on(heads: Iterable[Head]) -> frozenset[str]:
     """What was asked when these gates were tuned: no result may come from the same prompts."""
     asked: frozenset[str] = frozenset()
-    for folder in folders:
-        said = artifacts.read_json(folder / "config.json").get("tuned") or {}
-        kept = {k: v for k, v in said.get("prompts", {}).items() if k not in ("count", "trained_on")}
+    for head in heads:
+        told = head.said.get("tuned", {}).get("prompts", {})
+        kept = {k: v for k, v in told.items() if k not in ("count", "trained_on")}
         if kept:
-            asked |= user_turns(supply.collect(config.typed(kept, PromptsConfig, f"{folder}: tuned.prompts")))
+            asked |= user_turns(supply.collect(config.typed(kept, PromptsConfig, "tuned.prompts")))
     return asked
 
 

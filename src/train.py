@@ -287,8 +287,8 @@ def _finish(
         base.name_adapter()
     for name, head in heads.items():
         head.spec = base.spec
-        beside: dict[str, Any] = {"beside": others.get(name)}
-        native.save(run_dir / "heads" / name, head, name=name, training=training, adapter=base.adapter, **beside)
+        head.said = {"training": training, "beside": others.get(name)}
+        native.save(run_dir / "heads" / name, head, name=name, adapter=base.adapter)
     artifacts.write_json(run_dir / "provenance.json", facts)
     artifacts.write_json(run_dir / "COMPLETE.json", {"heads": sorted(heads), "data_sha256": source})
     prepare.say(f"heads -> {run_dir / 'heads'}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig
 
-from draftsmith import artifacts, config, evaluate, prepare
+from draftsmith import config, evaluate, prepare
 from draftsmith.beside import Beside
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.prompts import PromptsConfig
@@ -93,10 +92,9 @@ def _store(folder: Path, head: Acceptance, found: dict[str, Any]) -> None:
     """The same folder again, whole, with the new threshold and how it was chosen."""
     from draftsmith.exporters import native
 
-    said = artifacts.read_json(folder / "config.json")
     head.config = dataclasses.replace(head.config, threshold=found["threshold"])
-    kept = {k: said[k] for k in ("name", "training", "beside")}
-    native.save(folder, head, **kept, tuned=json.loads(json.dumps(found)))
+    head.said = {**head.said, "tuned": found}
+    native.save(folder, head, name=head.said["name"])
 
 
 def _said(name: str, found: dict[str, Any], folder: Path) -> str:

@@ -29,19 +29,13 @@ WEIGHTS = "model.safetensors"
 TIES = ("family", "hidden_size", "vocab_size", "num_layers", "tokenizer_sha256", "adapter_sha256")
 
 
-def save(
-    folder: Path,
-    head: Head,
-    *,
-    name: str,
-    training: dict[str, Any] | None = None,
-    adapter: Any = None,
-    beside: dict[str, Any] | None = None,
-    tuned: dict[str, Any] | None = None,
-) -> Path:
-    """Publishes the head whole or not at all. `training` is told in the config and the card. adapter: the base's, if
-    it was trained with the head; it goes into the folder `adapter`, in peft's format. beside: who stood beside the
-    base, without whom a gate means nothing. tuned: how its threshold was chosen."""
+SAID = ("training", "beside", "tuned")
+
+
+def save(folder: Path, head: Head, *, name: str, adapter: Any = None) -> Path:
+    """Publishes the head whole or not at all, with what is said of it (head.said: how it was trained; who stood beside
+    the base, without whom a gate means nothing; how its threshold was chosen). adapter: the base's, if it was trained
+    with the head; it goes into the folder `adapter`, in peft's format."""
     kind = type(head)
     described = {
         "format": FORMAT,
@@ -58,9 +52,7 @@ def save(
             "logits": head.needs.logits,
             "convention": "hidden[l] leaves block l-1 (0 = embeddings), before the final norm; final is after it",
         },
-        "beside": beside or {},
-        "tuned": tuned or {},
-        "training": training or {},
+        **{part: head.said.get(part) or {} for part in SAID},
     }
     tensors = {k: v.detach().clone().contiguous() for k, v in head.state_dict().items()}
     with artifacts.publish(folder, kind="head") as temporary:
@@ -117,6 +109,7 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
         head.load_state_dict(tensors, strict=True, assign=True)
     except (SafetensorError, RuntimeError, FileNotFoundError) as e:
         raise DataError(f"{folder / WEIGHTS}: {' '.join(str(e).split())}") from None
+    head.said = {"name": said.get("name"), **{part: said.get(part) or {} for part in SAID}}
     return head.eval().requires_grad_(False)
 
 

@@ -131,7 +131,8 @@ def test_sampled_evaluation_claims_no_token_by_token_proof(folder: Path, gate: P
 def test_a_gate_beside_a_head_learns_on_the_fly(folder: Path, hydra: Path) -> None:
     own = ["head=[acceptance]", f"drafter={hydra}", "data=jsonl", "data.path=rows", *FAST, "run_dir=ongate"]
     made(run(folder, "train", *own, companion=None))
-    made(call("evaluate", "run_dir=ongate", "gate=acceptance", "gate.threshold=0.3", *SHORT, cwd=folder))
+    compared = ["companion=hf", f"companion.path={folder / 'draft'}"]  # only beside it
+    made(call("evaluate", "run_dir=ongate", "gate=acceptance", "gate.threshold=0.3", *compared, *SHORT, cwd=folder))
     head = json.loads((folder / "ongate" / "evaluation.json").read_text())["heads"]["acceptance"]
     assert head["lossless"]["mismatches"] == 0
     assert (head["gate"]["threshold"], head["tree"]["depth"]) == (0.3, 3)
@@ -180,6 +181,14 @@ def test_a_fresh_process_decides_the_same(folder: Path, gate: Path, primer: Path
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == here
+
+
+def test_an_exported_gate_still_knows_its_drafter(folder: Path, gate: Path) -> None:
+    made(call("export", "run_dir=gate", "exporter=native", f"out={folder / 'exported'}", cwd=folder))
+    base = load_base(folder / "base")
+    one, two = (load_head(p, base=base) for p in (gate, folder / "exported"))
+    assert one.said == two.said
+    assert type(two.beside) is type(one.beside)
 
 
 def test_a_draft_model_by_the_api(folder: Path) -> None:

@@ -22,7 +22,9 @@ MakeHead = Callable[..., Medusa]
 
 @pytest.fixture
 def folder(tmp_path: Path, make_head: MakeHead) -> Path:
-    return native.save(tmp_path / "head", make_head(), name="mine", training={"rows": 3})
+    head = make_head()
+    head.said = {"training": {"rows": 3}}
+    return native.save(tmp_path / "head", head, name="mine")
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -231,3 +233,17 @@ def test_rehearsal_where_nothing_can_be_written(tmp_path: Path, make_head: MakeH
 
 def test_config_is_plain_json(folder: Path) -> None:
     json.loads((folder / "config.json").read_text(), parse_constant=lambda c: pytest.fail(c))
+
+
+def test_what_is_said_of_a_head_is_kept_when_it_is_saved_again(
+    folder: Path, make_head: MakeHead, tmp_path: Path
+) -> None:
+    """An export of a gate must still name its drafter."""
+    head = make_head()
+    head.said = {"training": {"rows": 3}, "beside": {"sha256": "ab"}, "tuned": {"threshold": 0.5, "temperature": 0.0}}
+    native.save(tmp_path / "one", head, name="mine")
+    back = native.load(tmp_path / "one", head.spec)
+    native.save(tmp_path / "two", back, name="mine")
+    one, two = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("one", "two"))
+    assert one == two
+    assert two["beside"] == {"sha256": "ab"}
