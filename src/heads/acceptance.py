@@ -40,7 +40,7 @@ from draftsmith.errors import ConfigError, DataError
 from draftsmith.heads.blocks import ResBlock, as_head
 from draftsmith.heads.draft_model import DraftModel
 from draftsmith.losses import acceptance_loss, bernoulli_kl
-from draftsmith.roles import Partial, State
+from draftsmith.roles import Level, Partial, State
 from draftsmith.targets import counted_targets, future_tokens
 
 JUDGED = 2**22  # of the base's logits held at a time
@@ -120,11 +120,11 @@ class Acceptance(Head):
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """logits_N of acceptance: that of `accept` less that of `refuse`."""
-        x_ND = as_head(hidden_ND, self)
+        x_ND = hidden_ND if hidden_ND.dtype == self.out.weight.dtype else as_head(hidden_ND, self)
         for block in self.blocks:
             x_ND = block(x_ND)
-        refuse_N, accept_N = self.out(x_ND).unbind(-1)
-        return accept_N - refuse_N
+        weight_2D, bias_2 = self.out.weight, self.out.bias
+        return x_ND @ (weight_2D[1] - weight_2D[0]) + (bias_2[1] - bias_2[0])
 
     def loss(self, base: BaseView, seen: Capture, batch: Batch, *, measure: bool = True) -> LossOut:
         """Metrics: kl of the true chance to the predicted one, accept (mean label), predicted (mean of s), floor
@@ -194,8 +194,7 @@ class Acceptance(Head):
     def chance(self, partial: Partial, depth: int) -> Tensor:
         if self.config.reads == "after":
             return self(partial.hidden[depth]).sigmoid()
-        level = partial.levels[depth - 1]
-        return self(partial.hidden[depth - 1]).sigmoid()[level.of_C[level.expanded_A]]
+        return of_parents(self(partial.hidden[depth - 1]).sigmoid(), partial.levels[depth - 1])
 
     def gate(self, threshold: float | None = None, min_depth: int | None = None) -> AcceptanceGate:
         """Itself at work; by default with what it was exported with."""
@@ -221,15 +220,20 @@ class AcceptanceGate:
         """partial.notes: per level that was judged, the chance that each path so far is kept [A]."""
         for depth in range(len(partial.notes) + 1, self.head.judged(partial) + 1):
             level, kept_A = partial.levels[depth - 1], self.head.chance(partial, depth)
-            if depth > 1:
-                kept_A = kept_A * partial.notes[-1][level.of_C[level.expanded_A]]
-            partial.notes.append(kept_A)
-        newest, judged = partial.levels[-1], len(partial.notes)
+            partial.notes.append(kept_A * of_parents(partial.notes[-1], level) if depth > 1 else kept_A)
+        judged = len(partial.notes)
         if len(partial.levels) < self.min_depth:
             return False
         if not judged:  # nothing has been read yet
             return self.threshold < 0
         kept_A = partial.notes[-1]
         if judged < len(partial.levels):
-            kept_A = kept_A[newest.of_C[newest.expanded_A]]
-        return 1 - float(kept_A.max()) > self.threshold
+            kept_A = of_parents(kept_A, partial.levels[-1])
+        return 1 - max(kept_A.tolist()) > self.threshold
+
+
+def of_parents(values_A: Tensor, level: Level) -> Tensor:
+    """Of those nodes of `level` that have children, their parents' values. (In a chain there is one of each, and the
+    question is asked after every token.)"""
+    alone = len(values_A) == len(level.of_C) == 1
+    return values_A if alone else values_A[level.of_C[level.expanded_A]]
