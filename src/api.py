@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from draftsmith import config, prepare
 from draftsmith.base import lm
 from draftsmith.base.lm import BaseLM
-from draftsmith.beside import Beside
+from draftsmith.beside import DEPTH, Beside
 from draftsmith.contracts import Head
+from draftsmith.data.labels import check_pair
 from draftsmith.decoding.engine import Generation
 from draftsmith.decoding.engine import generate as decode
 from draftsmith.decoding.tree import TreeConfig
@@ -106,7 +107,7 @@ def generate(
         prompt = prompt[0]
     if not all(type(i) is int for i in prompt):
         raise ConfigError("input_ids: give token ids, e.g. base.tokenizer(text)['input_ids']")
-    given = _company(head, draft, depth)
+    given = _company(base, head, draft)
     shape = TreeConfig(depth, paths).shape(given.pop("deepest")) if given["drafter"] else None
     return decode(
         base,
@@ -120,15 +121,17 @@ def generate(
     )
 
 
-def _company(head: Head | None, draft: BaseLM | None, depth: int | None) -> dict[str, Any]:
+def _company(base: BaseLM, head: Head | None, draft: BaseLM | None) -> dict[str, Any]:
     """Who plays which role in the engine; where somebody drafts, `deepest` says how far that goes."""
     if head is not None and draft is not None:
         raise ConfigError("head, draft: give one of them")
     if draft is not None:
-        drafter: Drafter = DraftModel(draft, depth or DRAFTS)
-        return {"drafter": drafter, "deepest": drafter.max_depth}
+        check_pair(base.spec, draft.spec)
+        return {"drafter": DraftModel(draft, DEPTH), "deepest": DRAFTS}
     if isinstance(head, Acceptance):
-        drafter = head.beside
+        if head.beside is None:
+            raise ConfigError("head: a gate without the drafter it was trained for; load it with load_head")
+        drafter: Drafter = head.beside
         return {"drafter": drafter, "gate": head.gate(), "deepest": min(drafter.max_depth, head.config.max_depth)}
     if head is None or head.role == "primer":
         return {"drafter": None, "primer": cast("Primer | None", head)}

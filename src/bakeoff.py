@@ -67,6 +67,8 @@ class BakeoffConfig:
         fixed = ["trainer.epochs=null", "trainer.max_steps=1", f"trainer.threads={self.threads}"]
         cfg = config.compose("train", [*own, *fixed, *more])
         trainer = Settings.of(cfg).trainer
+        if any(kind.role != "drafter" for kind, _ in train.heads_of(cfg).values()):
+            raise ConfigError(f"compare: {head} does not draft; leave it out")
         if any(kind.adapts for kind, _ in train.heads_of(cfg).values()):
             raise ConfigError(f"compare: {head} trains an adapter, so its base is not the others'; leave it out")
         if list(cfg.heads) != [head]:

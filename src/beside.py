@@ -98,12 +98,13 @@ class Beside:
             key = "companion=hf companion.path" if kind == DRAFT_MODEL else "drafter"
             raise DataError(f"{folder}: its drafter was at {path}, where nothing is now; give {key}=…")
         if kind == DRAFT_MODEL:
-            return Beside(self.base, prepare.BaseConfig(path=path), None).draft_model
+            own = prepare.BaseConfig(path=path, dtype=str(recorded.get("dtype")))
+            return Beside(self.base, own, None).draft_model
         return Beside(self.base, None, path).head
 
 
 DRAFT_MODEL = "draft_model"
-DEPTH = 16  # the deepest chain of a draft model; decoding.depth and gates make shorter ones
+DEPTH = 64  # the deepest chain of a draft model; decoding.depth and gates make shorter ones
 
 
 def told(beside: Any, path: str | None = None) -> dict[str, Any]:
@@ -113,6 +114,10 @@ def told(beside: Any, path: str | None = None) -> dict[str, Any]:
     if hasattr(beside, "state_dict"):  # a head
         sha256 = artifacts.tensors_sha256(beside.state_dict())
         return {"kind": type(beside).__name__, "path": path and str(Path(path).resolve()), "sha256": sha256}
+    from draftsmith.data.labels import identity
+
     companion: BaseLM = getattr(beside, "companion", beside)
     kind = "companion" if companion is beside else DRAFT_MODEL
-    return {"kind": kind, "path": companion.spec.path, "sha256": companion.weights_sha256()}
+    sha256 = artifacts.fingerprint(identity(companion.spec, companion.weights_sha256()))
+    dtype = str(companion.dtype).removeprefix("torch.")
+    return {"kind": kind, "path": companion.spec.path, "dtype": dtype, "sha256": sha256}

@@ -309,8 +309,8 @@ class Head(nn.Module, ABC):
         return config
 
     @classmethod
-    def reads_labels(cls, config: Any, beside: Any) -> bool:
-        """Whether its rows must be those of draftsmith label, made with what stands beside it."""
+    def reads_labels(cls, config: Any, draft_model: bool) -> bool:
+        """Whether its rows must be those of draftsmith label, given whether a draft model stands beside it."""
         return False
 
     def attach(self, beside: Any) -> None:

@@ -66,9 +66,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     settings.apply()
     base = prepare.load_base(base_config, settings.device)
-    around = Beside.of(around_of(cfg, of_run), base)
+    around = Beside.of(cfg, base)
     heads = {name: around.load(f) for name, f in folders.items()}
-    room = base.spec.max_positions - decoding.max_new_tokens
+    limit = base.spec.max_positions
+    if any(h.role == "primer" for h in heads.values()) and max(settings.prompt_lengths, default=0) > limit:
+        raise ConfigError(f"prompt_lengths={settings.prompt_lengths}: the base has {limit} positions")
+    room = limit - decoding.max_new_tokens
     asked, source = held_out(base, prompts, of_run, told, room, tuned_on(heads.values()))
     found = judging.judged(base, heads, asked, decoding, baselines, settings, gate, around.companion)
     dtype = str(base.dtype).removeprefix("torch.")
@@ -93,14 +96,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         prepare.say(gates.write(run_dir, found["heads"]))
     judging.check_proofs(found, dtype, run_dir / "evaluation.json")
     return result
-
-
-def around_of(cfg: DictConfig, of_run: dict[str, Any] | None) -> Mapping[str, Any]:
-    """companion and drafter of this command line, else the run's companion. (The run's drafter is found through the
-    gate's own record, whatever folder this command is given in.)"""
-    if cfg.get("companion") is not None or cfg.drafter is not None or of_run is None:
-        return {"companion": cfg.get("companion"), "drafter": cfg.drafter}
-    return {"companion": of_run.get("companion"), "drafter": None}
 
 
 def heads_of(run_dir: Path, load: Any) -> tuple[dict[str, Path], dict[str, Any] | None]:
@@ -147,9 +142,12 @@ def held_out(
     null: unknown).
     """
     trained = trained_on(of_run)
-    asked = supply.collect(prompts, user_turns(trained or []) | also)
+    asked = chosen_prompts(prompts, of_run, also)
     if not asked:
         raise DataError(f"{prompts.path}: no prompt in it")
+    chose = sum(bool(user_turns([r]) & also) for r in asked)
+    if chose:
+        prepare.say(f"warning: {chose} of {len(asked)} prompts chose the gate's threshold; these figures flatter it")
     seen = None if trained is None else len({r.asked for r in asked} & {r.asked for r in trained})
     if seen:
         prepare.say(f"warning: {seen} of {len(asked)} prompts were trained on; these figures flatter the head")
@@ -157,15 +155,15 @@ def held_out(
     return ids, {**dataclasses.asdict(prompts), "count": len(asked), "trained_on": seen}
 
 
+def chosen_prompts(
+    prompts: PromptsConfig, of_run: dict[str, Any] | None, also: frozenset[str] = frozenset()
+) -> list[Record]:
+    return supply.collect(prompts, user_turns(trained_on(of_run) or []) | also)
+
+
 def tuned_on(heads: Iterable[Head]) -> frozenset[str]:
-    """What was asked when these gates were tuned: no result may come from the same prompts."""
-    asked: frozenset[str] = frozenset()
-    for head in heads:
-        told = head.said.get("tuned", {}).get("prompts", {})
-        kept = {k: v for k, v in told.items() if k not in ("count", "trained_on")}
-        if kept:
-            asked |= user_turns(supply.collect(config.typed(kept, PromptsConfig, "tuned.prompts")))
-    return asked
+    """The keys of what was asked when these gates were tuned: no result may come from the same prompts."""
+    return frozenset(str(key) for head in heads for key in head.said.get("tuned", {}).get("asked", []))
 
 
 def _prompt_ids(base: BaseLM, record: Record, told: ChatConfig, room: int) -> list[int]:

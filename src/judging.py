@@ -39,6 +39,7 @@ def judged(
 ) -> dict[str, Any]:
     """What the referee finds of these heads, with how large each is; of gates, between which bounds they stand; of
     primers, what they cost and save."""
+    drafting = [h.beside for h in heads.values() if isinstance(h.beside, DraftModel)]
     referee = Referee(
         base,
         decoding,
@@ -46,7 +47,7 @@ def judged(
         base.eos_ids,
         lambda p: base.generate([list(p)], max_new_tokens=decoding.max_new_tokens)[0],
         _rescorer(base),
-        None if companion is None else DraftModel(companion, DEPTH),
+        DraftModel(companion, DEPTH) if companion is not None else next(iter(drafting), None),
         settings.repeats,
         settings.batch_sizes,
         settings.batch_prompts,
@@ -79,15 +80,22 @@ def check_proofs(found: Mapping[str, Any], dtype: str, written: Path) -> None:
 def contenders(referee: Referee, heads: Mapping[str, Head], gate: GateConfig | None) -> dict[str, Contender]:
     """Drafters, under the gate that was asked for; gates with the drafter each was trained for."""
     found = {}
+    gates = [name for name, head in heads.items() if head.role == "gate"]
+    if gates and referee.decoding.paths is not None:
+        raise ConfigError(f"decoding.paths: {gates[0]} is judged on chains; give decoding.depth, or neither")
+    if gate is not None and gate.kind == "acceptance" and not gates:
+        raise ConfigError("gate=acceptance: a trained one is wanted; load=[…] its folder, alone or beside others")
     for name, head in heads.items():
         if head.role == "drafter":
-            maker = None if gate is None else without_weights(gate)
+            maker = None if gate is None or gate.kind == "acceptance" else without_weights(gate)
             found[name] = referee.contender(cast(Drafter, head), gate=maker)
         elif head.role == "gate":
             if gate is not None and gate.kind != "acceptance":
                 raise ConfigError(f"gate={gate.kind}: {name} is a gate itself; give gate=acceptance, or none")
             own = trained(cast(Acceptance, head), gate)
             found[name] = referee.contender(head.beside, own.head.config.max_depth, gating.always(own))
+    if gate is not None and not found:
+        raise ConfigError(f"gate={gate.kind}: nobody drafts here, so there is nothing to stop; leave it out")
     return found
 
 
@@ -96,9 +104,7 @@ def without_weights(gate: GateConfig) -> MakeGate:
         return gating.always(Fixed(gate.depth))
     if gate.kind == "confidence":
         return gating.always(Confidence(cast(float, gate.threshold)))
-    if gate.kind == "oracle":
-        return lambda prompt, answer: Oracle([*prompt, *answer])
-    raise ConfigError("gate=acceptance: a trained one is wanted; load=[…] its folder, alone or beside others")
+    return lambda prompt, answer: Oracle([*prompt, *answer])
 
 
 def trained(head: Acceptance, gate: GateConfig | None) -> AcceptanceGate:

@@ -36,22 +36,31 @@ def is_rows(path: str | Path | None) -> bool:
 
 
 def check_labels(data: DataConfig, base: BaseLM, companion: BaseLM) -> None:
-    """DataError unless data.path is a folder of acceptance labels of this base and this companion."""
-    from draftsmith.data.labels import PLAN
+    """DataError unless data.path, and data.validation.path if given, are folders of acceptance labels of this base and
+    this companion, and nothing else is learned."""
+    from draftsmith.data.labels import PLAN, identity
 
-    folder = Path(str(data.path))
-    if data.path is None or sources.published_as(folder) != "labels":
-        raise DataError(
-            f"data.path: {data.path} holds no labels; beside a draft model a gate learns from what draftsmith label"
-            " writes"
-        )
-    facts, plan = artifacts.read_json(folder / artifacts.MANIFEST), artifacts.read_json(folder / PLAN)
-    if facts.get("labels", {}).get("kind") != "acceptance":
-        raise DataError(f"{folder}: labels of kind {facts.get('labels', {}).get('kind')}; a gate wants acceptance")
-    for name, now in (("base", base), ("companion", companion)):
-        if plan.get(name, {}).get("weights_sha256") != now.weights_sha256():
-            made = facts.get(name, {}).get("path")
-            raise DataError(f"{folder}: its labels were made with another {name} ({made}); label again with this one")
+    if data.loss_on == "all":
+        raise ConfigError("data.loss_on=all: labels say themselves which tokens are learned; leave it at assistant")
+    for key, path in (("data.path", data.path), ("data.validation.path", data.validation.path)):
+        if path is None and key != "data.path":
+            continue
+        folder = Path(str(path))
+        if path is None or sources.published_as(folder) != "labels":
+            raise DataError(
+                f"{key}: {path} holds no labels; beside a draft model a gate that learns sampling reads what draftsmith"
+                " label writes"
+            )
+        facts, plan = artifacts.read_json(folder / artifacts.MANIFEST), artifacts.read_json(folder / PLAN)
+        if facts.get("labels", {}).get("kind") != "acceptance":
+            raise DataError(f"{folder}: labels of kind {facts.get('labels', {}).get('kind')}; a gate wants acceptance")
+        for name, now in (("base", base), ("companion", companion)):
+            if plan.get(name) != identity(now.spec, now.weights_sha256()):
+                made = facts.get(name, {}).get("path")
+                raise DataError(
+                    f"{folder}: its labels were made with another {name} ({made}), or in another dtype; label again"
+                    " with this one"
+                )
 
 
 def check(data: DataConfig, *, labels: bool = False) -> None:
@@ -102,8 +111,9 @@ def asked_of(data: DataConfig) -> list[Record] | None:
 
 
 def rows_of(data: DataConfig, base: BaseLM) -> Path:
-    """The folder of rows that this configuration means, made first if it is not there."""
-    if data.path and is_rows(data.path):
+    """The folder of rows (or labels, where `check` let them pass) that this configuration means, made first if it is
+    not there."""
+    if data.path and sources.published_as(Path(data.path)) in ("rows", "labels"):
         return Path(data.path)
     key = {
         "base": {k: v for k, v in dataclasses.asdict(base.spec).items() if k != "path"},

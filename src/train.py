@@ -36,7 +36,8 @@ def run(cfg: DictConfig) -> Path:
     check_company(chosen, base_config, cfg.start_from)
     check_beside(chosen, cfg.get("companion"), cfg.drafter)
     check_groups(settings.optimizer.heads, [*chosen, *(["base"] if base_config.lora else [])])
-    supply.check(data, labels=cfg.get("companion") is not None)
+    drafted = cfg.get("companion") is not None
+    supply.check(data, labels=any(kind.reads_labels(own, drafted) for kind, own in chosen.values()))
     run_dir = config.run_dir(cfg, "train")
     first = strategy.is_first_process()
     begun = artifacts.is_complete(run_dir, manifest="COMPLETE.json") or any((run_dir / "checkpoints").glob("step-*"))
@@ -80,7 +81,7 @@ def _run(
 
     import torch
 
-    from draftsmith.training.fit import new_adapter, new_head
+    from draftsmith.training.fit import completed, new_adapter, new_head
 
     if settings.trainer.threads:  # before the base writes rows: two threads on one busy core are far slower
         torch.set_num_threads(settings.trainer.threads)
@@ -91,6 +92,12 @@ def _run(
     before = base.weights_sha256()
     around = Beside.of(cfg, base)
     besides = {name: around.of_kind(kind) for name, (kind, _) in chosen.items()}
+    chosen = {name: (kind, completed(name, kind, own, base, besides[name])) for name, (kind, own) in chosen.items()}
+    if around.companion is not None and data.length > around.companion.spec.max_positions:
+        most = around.companion.spec.max_positions
+        raise ConfigError(
+            f"data.length={data.length}: the companion reads at most {most} tokens; give a shorter length"
+        )
     chosen_rows = rows_for(data, base, _labeller(besides, chosen))
     counts = chosen_rows.training.token_counts(base.spec.vocab_size, chosen_rows.weights_N)
     counts_V = torch.from_numpy(counts)
@@ -116,13 +123,10 @@ def rows_for(data: DataConfig, base: BaseLM, labeller: BaseLM | None = None) -> 
     from draftsmith.data import importing
     from draftsmith.data.funnel import table
     from draftsmith.data.rows import read_folder
-    from draftsmith.data.sources import published_as
 
     if labeller is not None:
         supply.check_labels(data, base, labeller)
-    elif data.path and published_as(Path(data.path)) == "labels":
-        raise DataError(f"data.path: {data.path} holds labels, with drawn tokens in the text; give the rows themselves")
-    rows, facts = read_folder(Path(str(data.path)) if labeller is not None else supply.rows_of(data, base), base.spec)
+    rows, facts = read_folder(supply.rows_of(data, base), base.spec)
     if facts.get("weights_sha256", base.weights_sha256()) != base.weights_sha256():
         prepare.say(
             f"warning: {data.path}: another base ({facts['base']['path']}) answered these rows; a head learns most"
@@ -185,7 +189,8 @@ def check_beside(chosen: dict[str, tuple[type[Head], Any]], companion: Any, draf
 
 def _labeller(besides: dict[str, Any], chosen: dict[str, tuple[type[Head], Any]]) -> BaseLM | None:
     """The draft model whose drafts are judged, if that is what is trained; its rows are nobody else's."""
-    judging = [name for name, (kind, own) in chosen.items() if kind.reads_labels(own, besides[name])]
+    drafted = {name: hasattr(other, "companion") for name, other in besides.items()}
+    judging = [name for name, (kind, own) in chosen.items() if kind.reads_labels(own, drafted[name])]
     others = sorted(set(chosen) - set(judging))
     if judging and others:
         raise ConfigError(

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from draftsmith import config, evaluate, prepare
 from draftsmith.beside import Beside
 from draftsmith.data.chat import ChatConfig
-from draftsmith.data.prompts import PromptsConfig
+from draftsmith.data.prompts import PromptsConfig, user_turns
 from draftsmith.decoding import gating
 from draftsmith.decoding.referee import DecodingConfig
 from draftsmith.errors import ConfigError
@@ -37,6 +37,8 @@ class TuneConfig(prepare.MachineConfig):
 def run(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     """Tunes the gates of cfg.run_dir or cfg.load in place; name -> what was found."""
     decoding = config.typed(cfg.decoding, DecodingConfig, "decoding")
+    if decoding.paths is not None:
+        raise ConfigError("decoding.paths: a gate is tuned on chains; give decoding.depth, or neither")
     prompts = config.typed(cfg.prompts, PromptsConfig, "prompts")
     own = {k: cfg[k] for k in ("load", "thresholds", "repeats", "threads", "device")}
     settings = config.typed(own, TuneConfig, "tune")
@@ -45,17 +47,18 @@ def run(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     chat = config.typed(cfg.chat or (of_run or {}).get("data", {}).get("chat") or {}, ChatConfig, "chat")
     settings.apply()
     base = prepare.load_base(base_config, settings.device)
-    around = Beside.of(evaluate.around_of(cfg, of_run), base)
+    around = Beside.of(cfg, base)
     heads = {name: around.load(folder) for name, folder in folders.items()}
     gates = {name: cast("Acceptance", head) for name, head in heads.items() if head.role == "gate"}
     if not gates:
         raise ConfigError(f"load: {', '.join(heads)} have nothing to tune; only gates (head=acceptance) do so far")
     room = base.spec.max_positions - decoding.max_new_tokens
     asked, source = evaluate.held_out(base, prompts, of_run, chat, room)
+    keys = sorted(user_turns(evaluate.chosen_prompts(prompts, of_run)))
     found = {}
     for name, head in gates.items():
-        found[name] = {**_tuned(base, head, asked, decoding, settings), "prompts": source}
-        _store(folders[name], head, found[name])
+        found[name] = {**_tuned(base, head, asked, decoding, settings), "prompts": source, "asked": keys}
+        _store(folders[name], head, found[name], base.adapter)
         prepare.say(_said(name, found[name], folders[name]))
     return found
 
@@ -88,13 +91,13 @@ def _tuned(
 NEVER = 2.0  # above every probability
 
 
-def _store(folder: Path, head: Acceptance, found: dict[str, Any]) -> None:
+def _store(folder: Path, head: Acceptance, found: dict[str, Any], adapter: Any) -> None:
     """The same folder again, whole, with the new threshold and how it was chosen."""
     from draftsmith.exporters import native
 
     head.config = dataclasses.replace(head.config, threshold=found["threshold"])
     head.said = {**head.said, "tuned": found}
-    native.save(folder, head, name=head.said["name"])
+    native.save(folder, head, name=head.said["name"], adapter=adapter)
 
 
 def _said(name: str, found: dict[str, Any], folder: Path) -> str:

@@ -98,13 +98,13 @@ class Acceptance(Head):
         return replace(config, hidden_size=size)
 
     @classmethod
-    def reads_labels(cls, config: AcceptanceConfig, beside: Any) -> bool:
-        """Whether it learns from rows with labels, or makes them on the fly."""
-        return isinstance(beside, DraftModel) and config.verify == "sampling"
+    def reads_labels(cls, config: AcceptanceConfig, draft_model: bool) -> bool:
+        return draft_model and config.verify == "sampling"
 
     @property
     def labelled(self) -> bool:
-        return self.reads_labels(self.config, self.beside)
+        """Whether it learns from rows with labels, or makes them on the fly."""
+        return self.reads_labels(self.config, isinstance(self.beside, DraftModel))
 
     @property
     def needs(self) -> Needs:
@@ -129,7 +129,8 @@ class Acceptance(Head):
     def loss(self, base: BaseView, seen: Capture, batch: Batch, *, measure: bool = True) -> LossOut:
         """Metrics: kl of the true chance to the predicted one, accept (mean label), predicted (mean of s), floor
         (the least the loss can be)."""
-        hidden_ND, accept_N, count = self._learned(base, seen, batch)
+        hidden_ND, accept_N, ahead = self._learned(base, seen, batch)
+        count = batch.counts_K[ahead]
         logits_N = self(hidden_ND)
         accept_N = accept_N.to(logits_N.dtype)
         weight = self.config.reject_weight
@@ -138,19 +139,20 @@ class Acceptance(Head):
             return LossOut(total, count, {})
         with torch.no_grad():
             n = count.new_tensor(len(accept_N))
+            places = counted_targets(batch.tokens_BT, batch.mask_BT, batch.documents_BT, ahead)[1].sum()
             best_N = torch.logit(accept_N / (accept_N + weight * (1 - accept_N)))  # +-inf for labels of 1 and 0
             soft_N = best_N.isfinite()
             metrics = {
                 "kl": (bernoulli_kl(logits_N, accept_N), n),
                 "accept": (accept_N.sum(), n),
                 "predicted": (logits_N.sigmoid().sum(), n),
-                "floor": (acceptance_loss(best_N[soft_N], accept_N[soft_N], weight), n),
+                "floor": (acceptance_loss(best_N[soft_N], accept_N[soft_N], weight), places),
             }
         return LossOut(total, count, metrics)
 
     @torch.no_grad()
-    def _learned(self, base: BaseView, seen: Capture, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(hidden_ND, accept_N, the count of the global step)."""
+    def _learned(self, base: BaseView, seen: Capture, batch: Batch) -> tuple[Tensor, Tensor, int]:
+        """(hidden_ND, accept_N, ahead: a global step has counts_K[ahead] places to learn at)."""
         if self.labelled:
             if batch.labels_BT is None:
                 raise DataError("data: rows without labels; beside a draft model give what draftsmith label wrote")
@@ -162,12 +164,12 @@ class Acceptance(Head):
             labels_BT, _ = future_tokens(batch.labels_BT, batch.documents_BT, ahead)
             _, counted_BT = counted_targets(batch.tokens_BT, batch.mask_BT, batch.documents_BT, ahead)
             at_BT = counted_BT & ~labels_BT.isnan()
-            return final_BTD[at_BT], labels_BT[at_BT], batch.counts_K[ahead]
+            return final_BTD[at_BT], labels_BT[at_BT], ahead
         with torch.autocast(batch.tokens_BT.device.type, enabled=False):  # the drafter as it is in decoding
             drafted = self.beside.drafted(base, seen, batch)
         accept_N = self._verified(base, cast(Tensor, seen.final).flatten(0, 1), drafted)
         hidden_ND = drafted.before_MD if self.config.reads == "before" else drafted.hidden_MD
-        return hidden_ND, accept_N, batch.counts_K[drafted.ahead]
+        return hidden_ND, accept_N, drafted.ahead
 
     def _verified(self, base: BaseView, final_PD: Tensor, drafted: Drafted) -> Tensor:
         """a_M of drafts that the drafter chose."""

@@ -61,7 +61,9 @@ class DraftModel:
         companion, vocabulary = self.companion, base.spec.vocab_size
         kv = state.head_kv = companion.new_kv() if state.head_kv is None else state.head_kv
         past, device = len(state.tokens), companion.lm_head_weight.device
-        if past + state.shape.depth > companion.spec.max_positions:  # it cannot read so far: no drafts
+        new = state.tokens[kv.length :]
+        if past + state.shape.depth > companion.spec.max_positions or max(new) >= companion.spec.vocab_size:
+            # it cannot read so far, or a padded base has said an id that it lacks: no drafts
             return Proposal(torch.tensor([state.root]), torch.tensor([-1]))
         ancestors, depth = Ancestors(device), 0
 
@@ -80,7 +82,7 @@ class DraftModel:
             depth += 1
             return read(tokens_C[at_A], positions, ancestors.below(level.of_C[at_A], past))
 
-        new_A = torch.tensor(state.tokens[kv.length :], device=device)
+        new_A = torch.tensor(new, device=device)
         logits_AV, final_AD = read(new_A, torch.arange(kv.length, past, device=device)[None], None)
         proposal = fill(state, logits_AV[-1], final_AD[-1], deeper, draws=True)
         kv.crop(past)

@@ -38,6 +38,8 @@ def fill(
     last level is passed to `deeper` too, as one whose nodes have no children; what it returns there is not used.
     """
     shape, gate, draws = state.shape, state.gate or gate, draws and state.temperature > 0
+    if draws and len(shape.parents_N) > shape.depth + 1:
+        raise ConfigError("decoding.paths: drafts that are drawn are a chain; give decoding.depth, or temperature 0")
     if shape.width > len(logits_V):
         raise ConfigError(f"decoding.paths: rank {shape.width - 1} of a head that drafts from {len(logits_V)} tokens")
     tokens_N = torch.full((len(shape.parents_N),), state.root, dtype=torch.long, device=logits_V.device)

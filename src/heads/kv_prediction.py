@@ -237,6 +237,9 @@ class KVPrediction(Head):
     def prime(self, base: BaseView, tokens_BT: Tensor) -> KV:
         """The base's K/V after these tokens, as predicted; the base does not run."""
         rows, length = tokens_BT.shape
+        most = cast(BaseSpec, self.config.auxiliary).max_positions
+        if length > most:
+            raise ConfigError(f"prompt: {length + 1} tokens; the auxiliary of this primer reads at most {most}")
         positions_BT = torch.arange(length, device=tokens_BT.device).expand(rows, -1)
         bare, values, _ = self(tokens_BT, positions_BT, whole=False)
         kv: Any = base.new_kv()

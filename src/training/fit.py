@@ -111,13 +111,22 @@ def new_head(
     """A head as it starts: random where it is random, from (seed, name) alone; the rest from the base, from what
     stands beside it and from how often each token is learned."""
     with rekeyed(seed, "initialisation", name):
+        config = completed(name, kind, config, base, beside)
         try:
-            head = kind(kind.completed(config, base.spec, beside), base.spec)
+            head = kind(config, base.spec)
         except ConfigError as e:
             raise ConfigError(f"heads.{name}: {e}") from None
         head.attach(beside)
         head.initialise(base, counts_V)
     return head.to(base.lm_head_weight.device)
+
+
+def completed(name: str, kind: type[Head], config: Any, base: BaseView, beside: Any) -> Any:
+    """The head's config with all that follows from base and company; ConfigError names the head."""
+    try:
+        return kind.completed(config, base.spec, beside)
+    except ConfigError as e:
+        raise ConfigError(f"heads.{name}: {e}") from None
 
 
 def new_adapter(base: Any, settings: Any, seed: int) -> None:

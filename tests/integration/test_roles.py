@@ -14,11 +14,13 @@ from draftsmith.base import create, lm
 from draftsmith.data import synthetic
 from draftsmith.data.prompts import user_turns
 from draftsmith.data.rows import Row, write_rows
+from draftsmith.errors import ConfigError, DataError
 
 from .conftest import SHAPE, call
 
 BASE = {**SHAPE, "max_position_embeddings": 1024}
 SMALL = {**BASE, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4}
+SHORTER = {**SMALL, "max_position_embeddings": 48}
 FAST = ["trainer.threads=1", "trainer.epochs=null", "trainer.max_steps=6", "data.length=64", "data.batch_size=2"]
 SHORT = ["decoding.max_new_tokens=12", "prompts.synthetic=3", "prompts.text=0", "repeats=1", "threads=1"]
 
@@ -28,7 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base/, draft/ with its tokenizer and half its width, other/ with another tokenizer, rows/ of the base's ids."""
     folder = tmp_path_factory.mktemp("roles")
     chats = list(synthetic.dialogues(40, seed=5))
-    for name, shape, vocab in (("base", BASE, 400), ("draft", SMALL, 400), ("other", SMALL, 380)):
+    for name, shape, vocab in (
+        ("base", BASE, 400),
+        ("draft", SMALL, 400),
+        ("short", SHORTER, 400),
+        ("other", SMALL, 380),
+    ):
         tokenizer = synthetic.train_tokenizer(chats, vocab)
         (folder / name).mkdir()
         create.save(create.llama({**shape, "initializer_range": 0.3}, tokenizer, 1), tokenizer, folder / name)
@@ -225,7 +232,32 @@ REFUSED = {
         ["head=[acceptance]", "heads.acceptance.verify=sampling", "data.path=rows"],
         "draft",
     ),
-    "labels for rows": (3, "drawn tokens", ["head=[acceptance]", "data.path=labels"], "draft"),
+    "labels for rows": (3, "holds labels, not rows", ["head=[acceptance]", "data.path=labels"], "draft"),
+    "labels among sources": (
+        3,
+        "holds labels, not rows",
+        ["head=[kv_prediction]", "heads.kv_prediction.keep=null", "+data.sources={a: {path: labels}}"],
+        "draft",
+    ),
+    "labels to measure": (
+        3,
+        "holds labels, not rows",
+        ["head=[acceptance]", "data.path=rows", "data.validation.path=labels"],
+        "draft",
+    ),
+    "rows to measure labels": (
+        3,
+        "data.validation.path: rows holds no labels",
+        ["head=[acceptance]", "heads.acceptance.verify=sampling", "data.path=labels", "data.validation.path=rows"],
+        "draft",
+    ),
+    "every token of labels": (
+        2,
+        "data.loss_on=all: labels say",
+        ["head=[acceptance]", "heads.acceptance.verify=sampling", "data.path=labels", "data.loss_on=all"],
+        "draft",
+    ),
+    "too long for the companion": (2, "the companion reads at most", ["head=[acceptance]", "data.path=rows"], "short"),
     "labels for a head": (3, "holds labels, not rows", ["head=[medusa]", "data.path=labels"], None),
 }
 
@@ -264,7 +296,7 @@ def test_a_gate_beside_another_drafter_is_refused(folder: Path, gate: Path, hydr
     assert "give companion=hf companion.path=" in output
 
 
-def test_gates_that_do_not_fit_are_refused(folder: Path, gate: Path, hydra: Path) -> None:
+def test_gates_that_do_not_fit_are_refused(folder: Path, gate: Path, hydra: Path, primer: Path) -> None:
     where = ["base=hf", f"base.path={folder / 'base'}", "run_dir=nogate", *SHORT]
     for given, told in (
         ([f"load=[{hydra}]", "gate=acceptance"], "a trained one is wanted"),
@@ -272,10 +304,70 @@ def test_gates_that_do_not_fit_are_refused(folder: Path, gate: Path, hydra: Path
         ([f"load=[{gate}]", "gate=acceptance", "gate.threshold=1.0"], "threshold=1.0"),
         ([f"load=[{hydra}]", "gate=confidence", "gate.threshold=null"], "threshold: null"),
         ([f"load=[{hydra}]", "gate=oracle", "decoding.temperature=1"], "knows a greedy text only"),
+        ([f"load=[{gate}]", "decoding.paths=[[0],[1]]"], "is judged on chains"),
+        ([f"load=[{primer}]", "gate=fixed"], "nobody drafts here"),
+        ([f"load=[{primer}]", "prompt_lengths=[2000]"], "prompt_lengths=[2000]"),
     ):
         code, output = call("evaluate", *where, *given, cwd=folder)
         assert code == 2, output
         assert told in output
-    code, output = call("tune", *where, f"load=[{hydra}]", cwd=folder)
-    assert code == 2
-    assert "nothing to tune" in output
+    for given, told in (
+        ([f"load=[{hydra}]"], "nothing to tune"),
+        ([f"load=[{gate}]", "decoding.paths=[[0]]"], "chains"),
+    ):
+        code, output = call("tune", *where, *given, cwd=folder)
+        assert code == 2
+        assert told in output
+
+
+def test_a_gate_beside_drafters_that_have_none(folder: Path, gate: Path, hydra: Path) -> None:
+    where = ["base=hf", f"base.path={folder / 'base'}", f"load=[{gate},{hydra}]", "run_dir=both"]
+    made(call("evaluate", *where, "gate=acceptance", *SHORT, cwd=folder))
+    found = json.loads((folder / "both" / "evaluation.json").read_text())["heads"]
+    assert "gate" in found["acceptance"]
+    assert "gate" not in found["hydra"]
+
+
+def test_a_run_is_judged_from_any_folder_and_runs_nobodys_code(folder: Path, tmp_path: Path) -> None:
+    """Paths of a run may be relative to where it was started, and its configuration is only a file."""
+    own = ["head=[acceptance]", "data=jsonl", "data.path=rows", *FAST, "run_dir=rel"]
+    around = ["base=hf", f"base.path={folder / 'base'}", "companion=hf", "companion.path=draft"]
+    made(call("train", *around, *own, cwd=folder))
+    told = folder / "rel" / "config.yaml"
+    told.write_text(told.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
+    output = made(call("evaluate", f"run_dir={folder / 'rel'}", *SHORT, cwd=tmp_path))
+    assert "trust_remote_code" not in output
+    found = json.loads((folder / "rel" / "evaluation.json").read_text())
+    assert "draft_model" in found["baselines"]
+
+
+def test_a_companion_in_bf16_is_found_again_as_it_was(folder: Path, tmp_path: Path) -> None:
+    own = ["head=[acceptance]", "data=jsonl", "data.path=rows", *FAST, f"run_dir={tmp_path / 'run'}"]
+    made(run(folder, "train", "companion.dtype=bfloat16", *own))
+    head = load_head(tmp_path / "run" / "heads" / "acceptance", base=load_base(folder / "base"))
+    assert str(head.beside.companion.dtype) == "torch.bfloat16"
+
+
+def test_prompts_of_a_file_that_chose_the_threshold_are_told(folder: Path, gate: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Count to {n}."}) + "\n" for n in (3, 4, 5)))
+    own = shutil.copytree(gate, tmp_path / "own")
+    where = [
+        f"load=[{own}]",
+        f"run_dir={tmp_path}",
+        f"prompts.path={prompts}",
+        "decoding.max_new_tokens=8",
+        "repeats=1",
+    ]
+    made(run(folder, "tune", *where, "thresholds=[0.5]"))
+    assert "warning: 3 of 3 prompts chose the gate's threshold" in made(run(folder, "evaluate", *where))
+    prompts.unlink()
+    made(run(folder, "evaluate", *where[:2], *SHORT))  # the file is not needed any more
+
+
+def test_a_draft_model_of_another_tokenizer_is_refused_by_the_api(folder: Path) -> None:
+    base, other = load_base(folder / "base"), load_base(folder / "other")
+    with pytest.raises(DataError, match="another tokenizer"):
+        generate(base, [11, 12], draft=other)
+    with pytest.raises(ConfigError, match="drawn are a chain"):
+        generate(base, [11, 12], draft=load_base(folder / "draft"), temperature=1.0, paths=[[0], [1]])
