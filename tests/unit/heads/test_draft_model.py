@@ -14,6 +14,7 @@ from draftsmith.contracts import Batch, Capture, Needs
 from draftsmith.decoding import tree
 from draftsmith.decoding.engine import generate
 from draftsmith.errors import ConfigError
+from draftsmith.heads.acceptance import Acceptance, AcceptanceConfig, AcceptanceGate
 from draftsmith.heads.draft_model import DraftModel
 from draftsmith.roles import Partial, Proposal, State, TreeShape
 
@@ -217,3 +218,46 @@ def test_drafted_knows_only_ids_of_the_base(base: BaseLM, noisy: Any, make_batch
         wide.model.get_output_embeddings().weight[V:] *= 50
     told = DraftModel(wide).drafted(base, Capture(), make_batch())
     assert int(told.tokens_M.max()) < V
+
+
+SMALL = {
+    "vocab_size": 6,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.35,
+}
+
+
+@pytest.mark.parametrize("reads", [None, "after", "before"], ids=["no gate", "after", "before"])
+def test_check_29_drawn_text_is_distributed_as_the_bases(reads: Any) -> None:
+    """§11.29 with real models, a vocabulary of six: the joint distribution of the first three sampled tokens, with and
+    without an acceptance gate that stops at many different depths."""
+    base = BaseLM(create.llama({**SMALL, "num_hidden_layers": 2}, None, 1))
+    companion = BaseLM(create.llama({**SMALL, "num_hidden_layers": 1}, None, 2))
+    drafter, gate, runs, temperature = DraftModel(companion), None, 900, 0.8
+    if reads is not None:
+        torch.manual_seed(3)
+        head = Acceptance(Acceptance.completed(AcceptanceConfig(reads=reads), base.spec, drafter), base.spec).eval()
+        gate = AcceptanceGate(head, 0.55)
+    prompt, joint_VVV = [1, 4], torch.zeros(6, 6, 6, dtype=torch.float64)
+    for a, b in itertools.product(range(6), repeat=2):
+        texts = [prompt, [*prompt, a], [*prompt, a, b]]
+        p = [(logits_of(base, t, 6).double() / temperature).softmax(-1) for t in texts]
+        joint_VVV[a, b] = p[0][a] * p[1][b] * p[2]
+    seen_VVV, depths = torch.zeros(6, 6, 6, dtype=torch.float64), set()
+    for seed in range(runs):
+        how: dict[str, Any] = {"temperature": temperature, "seed": seed, "max_new_tokens": 3}
+        out = generate(base, prompt, drafter=drafter, shape=tree.chain(3), gate=gate, **how)
+        seen_VVV[tuple(out.tokens)] += 1
+        depths.add(sum(out.stats.offered_by_depth) / out.steps)
+    assert (len(depths) > 2) == (reads is not None)
+    expected, seen = runs * joint_VVV.flatten(), seen_VVV.flatten()
+    rare = expected < 5  # one cell together
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    seen = torch.cat([seen[~rare], seen[rare].sum()[None]])
+    assert len(expected) > 20
+    chi, freedom = float(((seen - expected).square() / expected).sum()), len(expected) - 1
+    assert chi < freedom + 3.3 * (2 * freedom) ** 0.5 + 3  # about 0.1 %
