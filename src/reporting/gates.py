@@ -72,7 +72,7 @@ def _speeds(ax: Any, name: str, gate: Mapping[str, Any]) -> None:
         color=[colours.get(p, LOOKS[0][0]) for p in policies],
     )
     ax.bar_label(bars, [f"{r['speedup']:.2f}" for r in policies.values()], color=QUIET, fontsize=7, padding=2)
-    ax.set_xticks(range(len(policies)), labels)
+    ax.set_xticks(range(len(policies)), labels, fontsize=7)
     ax.axhline(1, color=QUIET, linewidth=0.8, linestyle=":")
     ax.set_title(f"{name}: speed over plain decoding")
     ax.set_xlabel("drafts per step: a fixed number, the gate's, the oracle's")
