@@ -115,13 +115,13 @@ def of_gate(referee: Referee, head: Acceptance, gate: GateConfig | None, asked: 
     """A gate between its bounds, and whether its chances are true, on these prompts."""
     own = trained(head, gate)
     deepest = min(head.beside.max_depth, head.config.max_depth)
-    judge = gating.Judge(referee.base, head.beside, min(deepest, referee.decoding.depth or deepest), referee.how)
+    trial = gating.Trial(referee.base, head.beside, min(deepest, referee.decoding.depth or deepest), referee.how)
     hearing = gating.Hearing(head.chances)
-    judge.run(hearing, asked, hearing.watch)
+    trial.run(hearing, asked, hearing.watch)
     return {
         "threshold": own.threshold,
         "min_depth": own.min_depth,
-        **judge.bounds(own, asked),
+        **trial.bounds(own, asked),
         "calibration": gating.calibration(hearing.said, hearing.right),
     }
 

@@ -75,9 +75,9 @@ def _tuned(
         "seed": decoding.seed,
     }
     deepest = min(head.beside.max_depth, head.config.max_depth, decoding.depth or head.config.max_depth)
-    judge = gating.Judge(base, head.beside, deepest, how)
-    costs = judge.costs(head.gate(NEVER), asked)
-    best, table = judge.choose(head.gate, settings.thresholds, costs, asked)
+    trial = gating.Trial(base, head.beside, deepest, how)
+    costs = trial.costs(head.gate(NEVER), asked)
+    best, table = trial.choose(head.gate, settings.thresholds, costs, asked)
     return {
         "threshold": best,
         "theory": costs.threshold,

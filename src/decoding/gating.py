@@ -106,7 +106,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Trial:
     """A drafter whose chains a gate ends, at most `depth` deep, on one base. how: as measure.measure takes it."""
 
     base: BaseView

@@ -58,8 +58,8 @@ class BaselinesConfig:
 @dataclass
 class Referee:
     """hugging_face(prompt ids) -> new ids by transformers' own generate; rescore(ids) -> fp64 logits [V] of
-    the next token, the judge of near ties. companion: the draft model, where there is one. batch_sizes beyond 1 are
-    measured on the first batch_prompts prompts."""
+    the next token, the judge of near ties. draft_model: the companion as a drafter, where there is one. batch_sizes
+    beyond 1 are measured on the first batch_prompts prompts."""
 
     base: BaseView
     decoding: DecodingConfig
@@ -67,7 +67,7 @@ class Referee:
     eos_ids: frozenset[int]
     hugging_face: Callable[[Sequence[int]], list[int]]
     rescore: Callable[[list[int]], Tensor]
-    companion: Drafter | None = None
+    draft_model: Drafter | None = None
     repeats: int = 3
     batch_sizes: Sequence[int] = (1,)
     batch_prompts: int = 8
@@ -121,8 +121,8 @@ class Referee:
         deepest = max((c.shape.depth for c in own.values() if c.shape), default=4)
         oracle = OracleConfig(self.baselines.oracle_depth or deepest)
         company = {"prompt_lookup": Contender(always(PromptLookup(self.baselines.prompt_lookup)))}
-        if self.companion is not None:
-            company["draft_model"] = Contender(always(self.companion), chain(self.baselines.draft_depth))
+        if self.draft_model is not None:
+            company["draft_model"] = Contender(always(self.draft_model), chain(self.baselines.draft_depth))
         if not self.decoding.temperature:
             company["oracle"] = Contender(lambda prompt, answer: Oracle(oracle, [*prompt, *answer]))
         return company

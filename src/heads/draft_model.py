@@ -35,7 +35,7 @@ class DraftModel:
 
     def __init__(self, companion: BaseView, depth: int = 4) -> None:
         if depth < 1:
-            raise ConfigError(f"companion.depth={depth}: give at least 1 drafted token")
+            raise ConfigError(f"depth={depth}: give at least 1 drafted token")
         self.companion, self.max_depth = companion, depth
 
     @torch.no_grad()

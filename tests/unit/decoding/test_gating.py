@@ -9,7 +9,7 @@ from draftsmith.contracts import Needs
 from draftsmith.decoding import gating, measure, tree
 from draftsmith.decoding.engine import Generation
 from draftsmith.decoding.gates import Fixed, Oracle
-from draftsmith.decoding.gating import Costs, Hearing, Judge
+from draftsmith.decoding.gating import Costs, Hearing, Trial
 from draftsmith.decoding.measure import Result
 from draftsmith.decoding.stats import Stats
 from draftsmith.heads.drafting import fill
@@ -173,7 +173,7 @@ def test_a_gate_that_is_the_oracle_recovers_everything(toy_base, by_counts):
             text = next(t for p, t in texts.items() if tuple(state.tokens[: len(p)]) == p)
             return Oracle(text).stop(state, partial)
 
-    told = Judge(base, Guessing(), 5, HOW).bounds(Knows(), PROMPTS)
+    told = Trial(base, Guessing(), 5, HOW).bounds(Knows(), PROMPTS)
     assert told["recovered"] == pytest.approx(1)
     assert told["regret"] == pytest.approx(0)
     assert set(told["by_length"]) == {*(f"fixed_{k}" for k in range(1, 6)), "gate", "oracle"}
@@ -188,7 +188,7 @@ def test_a_gate_that_is_the_oracle_recovers_everything(toy_base, by_counts):
 
 def test_a_gate_that_is_a_fixed_length_recovers_nothing_or_less(toy_base, by_counts):
     base = toy_base()
-    judge = Judge(base, Guessing(), 4, HOW)
+    judge = Trial(base, Guessing(), 4, HOW)
     best = int(judge.bounds(Fixed(1), PROMPTS)["best_fixed"].removeprefix("fixed_"))
     told = judge.bounds(Fixed(best), PROMPTS)
     assert told["recovered"] == pytest.approx(0)
@@ -211,7 +211,7 @@ def test_where_the_oracle_gains_nothing_there_is_nothing_to_recover(monkeypatch)
         return {name: Result([[0] * 20], stats, 20 / speed) for name, speed in speeds.items()}
 
     monkeypatch.setattr(measure, "measure", told)
-    found = Judge(None, None, 2, HOW).bounds(Fixed(1), PROMPTS)
+    found = Trial(None, None, 2, HOW).bounds(Fixed(1), PROMPTS)
     assert found["best_fixed"] == "fixed_2"
     assert found["recovered"] is None
     assert found["over_best_fixed"] == pytest.approx(0.9)
@@ -222,14 +222,14 @@ def test_where_the_oracle_gains_nothing_there_is_nothing_to_recover(monkeypatch)
 
 
 def test_sampled_text_has_no_oracle(toy_base, by_counts):
-    told = Judge(toy_base(), Guessing(), 2, {**HOW, "temperature": 8.0}).bounds(Fixed(1), PROMPTS)
+    told = Trial(toy_base(), Guessing(), 2, {**HOW, "temperature": 8.0}).bounds(Fixed(1), PROMPTS)
     assert set(told["by_length"]) == {"fixed_1", "fixed_2", "gate"}
     assert set(told) == {"by_length", "best_fixed", "over_best_fixed"}
 
 
 def test_every_fixed_length_is_what_it_says(toy_base):
     base = toy_base()
-    for k, (name, contender) in enumerate(Judge(base, Guessing(), 4, HOW).fixed().items(), start=1):
+    for k, (name, contender) in enumerate(Trial(base, Guessing(), 4, HOW).fixed().items(), start=1):
         stats = measure.measure(base, PROMPTS, {name: contender}, {}, **HOW)[name].stats
         assert name == f"fixed_{k}"
         assert stats.offered_by_depth[:k] == [stats.steps] * k
@@ -250,12 +250,12 @@ def test_costs_are_the_line_through_the_fixed_lengths(monkeypatch):
         return {name: Result([], own, 1.0) for name, own in stats.items()}
 
     monkeypatch.setattr(measure, "measure", told)
-    costs = Judge(None, None, 4, {**HOW, "repeats": 3}).costs(Fixed(9), PROMPTS)
+    costs = Trial(None, None, 4, {**HOW, "repeats": 3}).costs(Fixed(9), PROMPTS)
     assert (costs.level, costs.step, costs.ask) == pytest.approx((0.1, 0.3 + 2.0, 0.02))
     drafts["gate"] = 0.1  # noise must not make asking pay
-    assert Judge(None, None, 4, {**HOW, "repeats": 3}).costs(Fixed(9), PROMPTS).ask == 0
+    assert Trial(None, None, 4, {**HOW, "repeats": 3}).costs(Fixed(9), PROMPTS).ask == 0
     drafts["gate"] = 0.5
-    costs = Judge(None, None, 1, {**HOW, "repeats": 3}).costs(Fixed(9), PROMPTS)
+    costs = Trial(None, None, 1, {**HOW, "repeats": 3}).costs(Fixed(9), PROMPTS)
     assert costs.level == pytest.approx(0.4)
     assert costs.step == pytest.approx(2.0)
 
@@ -263,7 +263,7 @@ def test_costs_are_the_line_through_the_fixed_lengths(monkeypatch):
 def test_the_best_threshold_is_chosen_by_counts_and_costs(toy_base):
     """Gates that stop at 1, 2, 3, 4 levels: each one's counts times the costs."""
     base = toy_base()
-    judge, lengths = Judge(base, Guessing(), 4, HOW), {0.1: 1, 0.2: 2, 0.3: 3, 0.4: 4}
+    judge, lengths = Trial(base, Guessing(), 4, HOW), {0.1: 1, 0.2: 2, 0.3: 3, 0.4: 4}
     chosen = set()
     for costs in (Costs(0.001, 1.0, 0.0), Costs(0.2, 1.0, 0.05), Costs(1.0, 1.0, 0.0), Costs(0.0, 1.0, 1.0)):
         best, table = judge.choose(lambda t: Fixed(lengths[t]), list(lengths), costs, PROMPTS)
@@ -282,7 +282,7 @@ def test_the_best_threshold_is_chosen_by_counts_and_costs(toy_base):
 
 def test_a_run_counts_all_prompts_and_tells_who_watches(toy_base, monkeypatch):
     base, steps = toy_base(), []
-    stats = Judge(base, Guessing(), 3, HOW).run(Fixed(2), PROMPTS, lambda proposal, verdict: steps.append(verdict))
+    stats = Trial(base, Guessing(), 3, HOW).run(Fixed(2), PROMPTS, lambda proposal, verdict: steps.append(verdict))
     assert len(steps) == stats.steps
     assert sum(v.accepted for v in steps) == stats.accepted
     assert stats.emitted == 25 * len(PROMPTS)
@@ -293,5 +293,5 @@ def test_a_run_counts_all_prompts_and_tells_who_watches(toy_base, monkeypatch):
         return Generation([1], Stats(steps=1), "length")
 
     monkeypatch.setattr(gating, "generate", generate)
-    Judge(base, Guessing(), 3, {**HOW, "temperature": 0.7, "seed": 9}).run(Fixed(2), PROMPTS)
+    Trial(base, Guessing(), 3, {**HOW, "temperature": 0.7, "seed": 9}).run(Fixed(2), PROMPTS)
     assert [(how["temperature"], how["seed"], how["shape"].depth) for how in seen] == [(0.7, 9, 3)] * 2
