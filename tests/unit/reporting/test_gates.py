@@ -42,6 +42,13 @@ def test_the_words_hold_every_figure() -> None:
         assert told in lines[5]
 
 
+@pytest.mark.parametrize("over", [0.99, 1.016])
+def test_a_gap_within_noise_has_no_share(over: float) -> None:
+    told = gates.text("mine", {**GATE, "oracle_over_best_fixed": over, "recovered": None if over < 1 else -6.69})[4]
+    assert "nothing to recover" in told
+    assert "-669%" not in told
+
+
 def test_a_sampled_text_has_no_oracle_and_one_kind_of_drafts_no_auc() -> None:
     sampled = {
         k: v for k, v in copy.deepcopy(GATE).items() if k not in ("recovered", "regret", "oracle_over_best_fixed")
