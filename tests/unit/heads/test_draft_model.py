@@ -237,7 +237,7 @@ def test_check_29_drawn_text_is_distributed_as_the_bases(reads: Any) -> None:
     without an acceptance gate that stops at many different depths."""
     base = BaseLM(create.llama({**SMALL, "num_hidden_layers": 2}, None, 1))
     companion = BaseLM(create.llama({**SMALL, "num_hidden_layers": 1}, None, 2))
-    drafter, gate, runs, temperature = DraftModel(companion), None, 900, 0.8
+    drafter, gate, runs, temperature = DraftModel(companion), None, 600, 0.8
     if reads is not None:
         torch.manual_seed(3)
         head = Acceptance(Acceptance.completed(AcceptanceConfig(reads=reads), base.spec, drafter), base.spec).eval()
