@@ -184,3 +184,11 @@ class Primer(Protocol):
     def prime(self, base: BaseView, tokens_BT: Tensor) -> KV:
         """The base's K/V after these tokens, [B, T]."""
         ...
+
+
+def draw(chances_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """tokens_N by inversion: the first at which the cumulative probability passes uniform_N, in [0, 1). A token without
+    probability is never drawn; rounding may reach the very end, which is the last token."""
+    upto_NV = chances_NV.cumsum(-1)
+    at_N = torch.searchsorted(upto_NV, (uniform_N * upto_NV[:, -1])[:, None], right=True)[:, 0]
+    return at_N.clamp(max=chances_NV.shape[1] - 1)

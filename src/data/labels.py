@@ -26,6 +26,7 @@ from draftsmith import artifacts
 from draftsmith.contracts import BaseSpec, BaseView, Needs
 from draftsmith.data.rows import Row, Rows, to_table, write_shard
 from draftsmith.errors import ConfigError, DataError, NumericsError
+from draftsmith.roles import draw
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -104,13 +105,6 @@ def uniforms(seed: int, row_id: str, count: int) -> np.ndarray:
     return ((words >> np.uint64(11)) * 2.0**-53).reshape(count, 2)
 
 
-def draw(log_q_CW: Tensor, uniform_C: Tensor) -> Tensor:
-    """tokens_C ~ q by inversion: the first token at which the cumulative probability passes uniform_C in [0, 1).
-    A token without probability is never drawn."""
-    upto_CW = log_q_CW.exp().cumsum(-1)
-    return torch.searchsorted(upto_CW, (uniform_C * upto_CW[:, -1])[:, None], right=True)[:, 0]
-
-
 def acceptance_of(logits_p_CV: Tensor, log_q_CW: Tensor, tokens_C: Tensor) -> Tensor:
     """a_C = min(1, p(y) / q(y)) for the drawn tokens, in fp64. W <= V: what only the base has is not drawn."""
     logits_p_CV = logits_p_CV.double()
@@ -164,8 +158,7 @@ def _accept_batch(
         for first, logits_p_CV, logits_q_CU in zip(range(0, ends[-1], chunk), *told, strict=True):
             log_q_CW = log_draft(logits_q_CU.to(logits_p_CV.device), base.spec.vocab_size)
             stop = first + len(log_q_CW)
-            tokens_C = draw(log_q_CW, torch.from_numpy(uniform_N[first:stop]).to(log_q_CW.device))
-            tokens_C = tokens_C.clamp(max=log_q_CW.shape[1] - 1)  # past the end only for NaN, which is told below
+            tokens_C = draw(log_q_CW.exp(), torch.from_numpy(uniform_N[first:stop]).to(log_q_CW.device))
             accept_N[first:stop] = acceptance_of(logits_p_CV, log_q_CW, tokens_C).cpu().numpy()
             tokens_N[first:stop] = tokens_C.cpu().numpy()
     for n, (row, at_A) in enumerate(zip(rows, drawn, strict=True)):

@@ -28,7 +28,7 @@ from draftsmith.decoding import tree, verify
 from draftsmith.decoding.plan import Plans
 from draftsmith.decoding.stats import Stats
 from draftsmith.errors import ConfigError
-from draftsmith.roles import Drafter, Gate, Primer, Proposal, State, TreeShape, Verdict
+from draftsmith.roles import Drafter, Gate, Primer, Proposal, State, TreeShape, Verdict, draw
 
 Watch = Callable[[Proposal, Verdict], None]
 
@@ -256,10 +256,7 @@ class Chance:
         long in bf16.)"""
         if not self.temperature:
             return logits_NV.max(-1).indices
-        upto_NV = self.of(logits_NV).cumsum(-1)
-        uniform_N1 = self._uniform_T[positions, None]
-        at_N = torch.searchsorted(upto_NV, uniform_N1 * upto_NV[:, -1:], right=True)[:, 0]
-        return at_N.clamp(max=logits_NV.shape[1] - 1)  # rounding may reach the very end
+        return draw(self.of(logits_NV), self._uniform_T[positions])
 
 
 def _only(capture: Capture, needs: Needs) -> Capture:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftsmith.roles import Proposal, Verdict
+from draftsmith.roles import Proposal, Verdict, draw
 
 
 def greedy(proposal: Proposal, best_N: Tensor) -> Verdict:
@@ -50,7 +50,6 @@ def drawn(proposal: Proposal, chances_NV: Tensor, generator: torch.Generator | N
             left_V = left_V if bool(left_V.any()) else chances_NV[node - 1]  # equal up to rounding
             break
         kept = node
-    upto_V = left_V.cumsum(-1)
-    uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
-    bonus = min(int(torch.searchsorted(upto_V, uniform * upto_V[-1:], right=True)), len(upto_V) - 1)
+    uniform_1 = torch.rand(1, generator=generator, dtype=torch.float64).to(left_V.device)
+    bonus = int(draw(left_V[None], uniform_1))
     return Verdict(torch.arange(kept + 1, device=chances_NV.device), bonus)

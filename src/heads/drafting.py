@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.errors import ConfigError
-from draftsmith.roles import Gate, Level, Partial, Proposal, State
+from draftsmith.roles import Gate, Level, Partial, Proposal, State, draw
 
 Deeper = Callable[[Level, Tensor], tuple[Tensor, Tensor] | None]
 """(level, tokens_C of its nodes) -> (logits [A, V], hidden [A, D]) after those of its nodes that have children; None
@@ -50,7 +50,9 @@ def fill(
             break
         if draws:
             chances_CV = (logits_AV.double() / state.temperature).softmax(-1)[level.of_C]
-            columns_C = draw(chances_CV, state.generator)
+            # the generator is the host's, so that a seed means the same on any device
+            uniform_C = torch.rand(len(chances_CV), generator=state.generator, dtype=torch.float64)
+            columns_C = draw(chances_CV, uniform_C.to(chances_CV.device))
             drawn.append(chances_CV)
         else:
             columns_C = logits_AV.topk(shape.width, dim=-1).indices[level.of_C, level.ranks_C]
@@ -73,14 +75,6 @@ def fill(
         shape.parents_N if whole else shape.parents_N[:count],
         drawn_NV=torch.cat(drawn) if draws else None,
     )
-
-
-def draw(chances_CV: Tensor, generator: torch.Generator | None) -> Tensor:
-    """columns_C, one of each distribution. The generator is the host's, so that a seed means the same anywhere."""
-    uniform_C1 = torch.rand(len(chances_CV), 1, generator=generator, dtype=torch.float64).to(chances_CV.device)
-    upto_CV = chances_CV.cumsum(-1)
-    at_C = torch.searchsorted(upto_CV, uniform_C1 * upto_CV[:, -1:], right=True)[:, 0]
-    return at_C.clamp(max=chances_CV.shape[1] - 1)  # rounding may reach the very end
 
 
 class Ancestors:

@@ -15,9 +15,10 @@ from torch import Tensor
 from draftsmith import artifacts
 from draftsmith.contracts import BaseSpec, Needs
 from draftsmith.data import labels
-from draftsmith.data.labels import LabelsConfig, acceptance, acceptance_of, draw, log_draft, uniforms
+from draftsmith.data.labels import LabelsConfig, acceptance, acceptance_of, log_draft, uniforms
 from draftsmith.data.rows import Row, read_table, write_rows
 from draftsmith.errors import ConfigError, DataError, DraftsmithError, NumericsError
+from draftsmith.roles import draw
 
 V, T, PROMPT = 16, 14, 4
 
@@ -69,7 +70,7 @@ def test_drawn_tokens_follow_q_and_their_labels_average_to_the_closed_form() -> 
     p_logits, q_logits = some_logits(1, V, 3), some_logits(1, V, 4)
     log_q = log_draft(q_logits, V)
     u = torch.from_numpy(uniforms(0, "a row", draws)[:, 0])
-    tokens = draw(log_q.expand(draws, V), u)
+    tokens = draw(log_q.exp().expand(draws, V), u)
     q = log_q[0].exp()
     share = tokens.bincount(minlength=V) / draws
     assert ((share - q).abs() <= 4.5 * (q * (1 - q) / draws).sqrt()).all()
@@ -83,7 +84,7 @@ def test_drawn_tokens_follow_q_and_their_labels_average_to_the_closed_form() -> 
 def test_inversion_never_draws_what_has_no_probability() -> None:
     log_q = torch.tensor([[-math.inf, 0.5, -math.inf, 0.5, -math.inf]], dtype=torch.float64).log_softmax(-1)
     edges = torch.tensor([0.0, 0.49, 0.5, 1 - 2.0**-53], dtype=torch.float64)
-    assert draw(log_q.expand(4, 5), edges).tolist() == [1, 1, 3, 3]
+    assert draw(log_q.exp().expand(4, 5), edges).tolist() == [1, 1, 3, 3]
 
 
 def test_random_numbers_follow_from_seed_row_and_position_alone() -> None:

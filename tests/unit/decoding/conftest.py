@@ -111,3 +111,19 @@ def toy_base():
 @pytest.fixture
 def scripted():
     return Scripted
+
+
+def pearson(counts, expected):
+    """The p-value of Pearson's chi-square; cells that expect less than five are one."""
+    counts, expected = counts.flatten().double(), expected.flatten() * counts.sum()
+    rare = expected < 5
+    pool = [(counts[rare].sum(), expected[rare].sum())] if float(expected[rare].sum()) > 1 else []
+    cells = [*zip(counts[~rare], expected[~rare], strict=True), *pool]
+    x = sum(float((seen - due) ** 2 / due) for seen, due in cells)
+    assert len(cells) > 3
+    return float(torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2).double(), torch.tensor(x / 2).double()))
+
+
+@pytest.fixture
+def chance_of():
+    return pearson

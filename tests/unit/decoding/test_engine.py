@@ -315,18 +315,7 @@ class Whim:
         return stops
 
 
-def chance_of(counts, expected):
-    """The p-value of Pearson's chi-square; cells that expect less than five are one."""
-    counts, expected = counts.flatten().double(), expected.flatten() * counts.sum()
-    rare = expected < 5
-    pool = [(counts[rare].sum(), expected[rare].sum())] if float(expected[rare].sum()) > 1 else []
-    cells = [*zip(counts[~rare], expected[~rare], strict=True), *pool]
-    x = sum(float((seen - due) ** 2 / due) for seen, due in cells)
-    assert len(cells) > 3
-    return float(torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2).double(), torch.tensor(x / 2).double()))
-
-
-def test_check_29_sampled_tokens_follow_the_bases_distribution(toy_base):
+def test_check_29_sampled_tokens_follow_the_bases_distribution(toy_base, chance_of):
     """§11.29: the first token over seeds."""
     base = toy_base()
     p_V, counts_V = (base.logits(PROMPT) / T).softmax(-1), torch.zeros(7)
@@ -337,7 +326,7 @@ def test_check_29_sampled_tokens_follow_the_bases_distribution(toy_base):
 
 
 @pytest.mark.parametrize("gate", ["alone", None, "whim", "look"])
-def test_check_29_drawn_drafts_leave_the_joint_distribution_as_it_is(toy_base, gate):
+def test_check_29_drawn_drafts_leave_the_joint_distribution_as_it_is(toy_base, gate, chance_of):
     """§11.29: the prefill's token and the two after it, over seeds, exactly p(a) p(b | a) p(c | ab), wherever drafting
     is stopped, and without any."""
     base, vocab, count, prompt = toy_base(vocab=3, max_positions=12), 3, 1500, [1, 2, 0, 2]

@@ -107,17 +107,6 @@ def emitted(p1, p2, q1, q2, generator, judge=verify.drawn):
     return text[:2], verdict.accepted
 
 
-def chance_of(counts, expected):
-    """The p-value of Pearson's chi-square; cells that expect less than five are one."""
-    counts, expected = counts.flatten().double(), expected.flatten() * counts.sum()
-    rare = expected < 5
-    pool = [(counts[rare].sum(), expected[rare].sum())] if float(expected[rare].sum()) > 1 else []
-    cells = [*zip(counts[~rare], expected[~rare], strict=True), *pool]
-    x = sum(float((seen - due) ** 2 / due) for seen, due in cells)
-    degrees = len(cells) - 1
-    return float(torch.special.gammaincc(torch.tensor(degrees / 2).double(), torch.tensor(x / 2).double()))
-
-
 @pytest.fixture(scope="module", params=PAIRS.values(), ids=list(PAIRS))
 def run(request):
     generator = torch.Generator().manual_seed(1)
@@ -129,7 +118,7 @@ def run(request):
     return request.param, pair_VV, kept
 
 
-def test_check_29_what_is_emitted_is_distributed_as_p(run):
+def test_check_29_what_is_emitted_is_distributed_as_p(run, chance_of):
     """§11.29: the first token, and the first two together."""
     (p1, p2, _, _), pair_VV, _ = run
     assert chance_of(pair_VV.sum(1), p1) > 1e-3
@@ -152,7 +141,7 @@ def test_nothing_is_emitted_that_p_does_not_have(run):
     assert float(pair_VV[(p1[:, None] * p2) == 0].sum()) == 0
 
 
-def test_check_29_after_the_last_draft_comes_the_bases_own_token():
+def test_check_29_after_the_last_draft_comes_the_bases_own_token(chance_of):
     """§11.29: a chain of one; where it is kept, the bonus is drawn from what follows it."""
     generator, pair_VV, kept = torch.Generator().manual_seed(2), torch.zeros(V, V), 0
     for _ in range(COUNT):
@@ -166,7 +155,7 @@ def test_check_29_after_the_last_draft_comes_the_bases_own_token():
     assert chance_of(pair_VV, P1[:, None] * P2) > 1e-3
 
 
-def test_a_verifier_that_keeps_too_much_or_draws_too_simply_is_found_out():
+def test_a_verifier_that_keeps_too_much_or_draws_too_simply_is_found_out(chance_of):
     """The tests above could not fail otherwise."""
 
     def gullible(proposal, chances_NV, generator):

@@ -9,8 +9,8 @@ import torch
 from draftsmith.contracts import Capture
 from draftsmith.decoding import tree
 from draftsmith.errors import ConfigError
-from draftsmith.heads.drafting import Ancestors, draw, fill
-from draftsmith.roles import Level, Partial, State, TreeShape
+from draftsmith.heads.drafting import Ancestors, fill
+from draftsmith.roles import Level, Partial, State, TreeShape, draw
 
 VOCABULARY = 11
 ROOT = torch.tensor([1.0, 2.0, 3.0])  # what the drafter thinks after reading the root
@@ -248,8 +248,10 @@ def test_temperature_0_and_drafters_that_choose_never_draw() -> None:
 
 def test_a_draw_is_where_the_cumulative_distribution_passes_the_number() -> None:
     chances_CV = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
-    found = {tuple(draw(chances_CV, torch.Generator().manual_seed(seed)).tolist()) for seed in range(50)}
-    assert found == {(1, 2), (3, 2)}  # never what has no chance
+    uniforms = torch.rand(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert {tuple(draw(chances_CV, u_C).tolist()) for u_C in uniforms} == {(1, 2), (3, 2)}  # never what has no chance
+    assert draw(chances_CV, torch.tensor([0.2499, 0.0], dtype=torch.float64)).tolist() == [1, 2]
+    assert draw(chances_CV, torch.tensor([0.25, 1 - 2.0**-53], dtype=torch.float64)).tolist() == [3, 2]
 
 
 @pytest.mark.parametrize("seed", range(20))
