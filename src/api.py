@@ -14,13 +14,14 @@ from draftsmith.base.lm import BaseLM
 from draftsmith.beside import DEPTH, Beside
 from draftsmith.contracts import Head
 from draftsmith.data.labels import check_pair
-from draftsmith.decoding.engine import Generation
-from draftsmith.decoding.engine import generate as decode
-from draftsmith.decoding.tree import TreeConfig
+from draftsmith.decoding.engine import decode
+from draftsmith.decoding.referee import DecodingConfig
+from draftsmith.decoding.tree import TreeSpec
 from draftsmith.errors import ConfigError
 from draftsmith.exporters import native, reference
 from draftsmith.heads.acceptance import Acceptance
 from draftsmith.heads.draft_model import DraftModel
+from draftsmith.judging import tuned_tree
 from draftsmith.roles import Drafter, Primer
 
 if TYPE_CHECKING:
@@ -79,46 +80,60 @@ def save_head(folder: str | Path, head: Head, *, name: str) -> Path:
 
 def generate(
     base: BaseLM,
-    input_ids: Sequence[int] | Tensor,
+    input_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
     *,
     head: Head | None = None,
     draft: BaseLM | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    drafts: str | None = None,
+    accept: str = "exact",
     seed: int = 0,
     depth: int | None = None,
     paths: list[list[int]] | None = None,
-) -> Generation:
-    """Continues one prompt; with a head, faster.
+    tree: str | None = None,
+) -> Any:
+    """Continues one prompt, or several in one batch; with a head, faster.
 
-    input_ids: ids as a list, or a tensor of shape [T] or [1, T]. head: a drafter; or a gate, which drafts with the
-    drafter it was trained for; or a primer, which is lossy: the text may be another one. draft: a companion as the
-    draft model. Without either: plain autoregressive decoding by the same engine. depth: a shorter chain than the
-    head's; paths: a static tree of rank paths.
+    input_ids: ids as a list, or a tensor of shape [T] or [1, T]: one prompt, one Generation. A list of lists: a batch
+    of prompts of any lengths, a list of Generations; every row is what it would be alone. head: a drafter; or a gate,
+    which drafts with the drafter it was trained for; or a primer, which is lossy: the text may be another one. draft: a
+    companion as the draft model. Without either: plain autoregressive decoding by the same engine. depth: a chain of so
+    many drafts; paths: a static tree of rank paths; tree: a yaml of conf/tree by name ("eagle2"). With none of them,
+    the tree that `draftsmith tune` stored with the head, or a chain as deep as it goes.
 
-    temperature 0 is greedy; above it the text is drawn from the base's own distribution, the same for the same seed
-    with every head that drafts, while a draft model draws another text of the same distribution.
+    temperature 0 is greedy; above it the text is drawn from the base's own distribution (after top_k and top_p), the
+    same for the same seed with every head that chooses its drafts, while drawn drafts (a draft model's; drafts="iid" or
+    "distinct") give another text of the same distribution. accept: "exact", "spectr", or "typical", which is lossy.
     Returns .tokens (new ids, end-of-text kept), .tokens_per_step, .accepted_drafts_per_step, .steps.
     """
-    prompt = input_ids.tolist() if hasattr(input_ids, "tolist") else list(input_ids)
-    if prompt and isinstance(prompt[0], list):
-        if len(prompt) != 1:
-            raise ConfigError(f"input_ids: {len(prompt)} rows; one prompt at a time")
-        prompt = prompt[0]
-    if not all(type(i) is int for i in prompt):
-        raise ConfigError("input_ids: give token ids, e.g. base.tokenizer(text)['input_ids']")
+    prompts, one = _prompts(input_ids)
+    told: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    told |= {"drafts": drafts, "accept": accept, "depth": depth, "paths": paths}
+    if tree is not None:
+        told["tree"] = config.typed(config.compose("evaluate", [f"tree={tree}"]).decoding.tree, TreeSpec, "tree")
+    decoding = DecodingConfig(**told)
     given = _company(base, head, draft)
-    shape = TreeConfig(depth, paths).shape(given.pop("deepest")) if given["drafter"] else None
-    return decode(
-        base,
-        prompt,
-        shape=shape,
-        max_new_tokens=max_new_tokens,
-        eos_ids=base.eos_ids,
-        temperature=temperature,
-        seed=seed,
-        **given,
-    )
+    tuned = None if head is None or given["gates"] is not None else tuned_tree(head)
+    shape = decoding.shape(given.pop("deepest"), tuned) if given["drafters"] else None
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": base.eos_ids}
+    seeds = [seed] * len(prompts)
+    out = decode(base, prompts, shape=shape, rules=decoding.rules, seeds=seeds, **limits, **given)
+    return out[0] if one else out
+
+
+def _prompts(input_ids: Any) -> tuple[list[list[int]], bool]:
+    """The prompts, and whether there was one alone."""
+    given = input_ids.tolist() if hasattr(input_ids, "tolist") else list(input_ids)
+    if not given or not isinstance(given[0], list | tuple):
+        given, one = [given], True
+    else:
+        one = hasattr(input_ids, "tolist") and len(given) == 1
+    if not all(type(i) is int for prompt in given for i in prompt):
+        raise ConfigError("input_ids: give token ids, e.g. base.tokenizer(text)['input_ids']")
+    return [list(prompt) for prompt in given], one
 
 
 def _company(base: BaseLM, head: Head | None, draft: BaseLM | None) -> dict[str, Any]:
@@ -127,13 +142,13 @@ def _company(base: BaseLM, head: Head | None, draft: BaseLM | None) -> dict[str,
         raise ConfigError("head, draft: give one of them")
     if draft is not None:
         check_pair(base.spec, draft.spec)
-        return {"drafter": DraftModel(draft, DEPTH), "deepest": DRAFTS}
+        return {"drafters": DraftModel(draft, DEPTH), "gates": None, "deepest": DRAFTS}
     if isinstance(head, Acceptance):
         if head.beside is None:
             raise ConfigError("head: a gate without the drafter it was trained for; load it with load_head")
         drafter: Drafter = head.beside
-        return {"drafter": drafter, "gate": head.gate(), "deepest": min(drafter.max_depth, head.config.max_depth)}
+        return {"drafters": drafter, "gates": head.gate(), "deepest": min(drafter.max_depth, head.config.max_depth)}
     if head is None or head.role == "primer":
-        return {"drafter": None, "primer": cast("Primer | None", head)}
+        return {"drafters": None, "gates": None, "primer": cast("Primer | None", head)}
     drafter = cast(Drafter, head)
-    return {"drafter": drafter, "deepest": drafter.max_depth}
+    return {"drafters": drafter, "gates": None, "deepest": drafter.max_depth}

@@ -24,6 +24,7 @@ from draftsmith.reporting import leaderboard
 from draftsmith.training.settings import Settings
 
 if TYPE_CHECKING:
+    from draftsmith.asking import Asked
     from draftsmith.base.lm import BaseLM
     from draftsmith.decoding.referee import DecodingConfig
     from draftsmith.evaluate import EvaluateConfig
@@ -80,13 +81,13 @@ class BakeoffConfig:
 
 @dataclasses.dataclass
 class Contest:
-    """What all runs share. ids: the prompts `selection` and `prompts`."""
+    """What all runs share. asked: the prompts `selection` and `prompts`."""
 
     own: BakeoffConfig
     run_dir: Path
     base: BaseLM
     decoding: DecodingConfig
-    ids: Mapping[str, list[list[int]]]
+    asked: Mapping[str, list[Asked]]
 
     def runs(self, head: str, steps: int) -> list[Run]:
         """This head at every learning rate, then its best one with the other seeds."""
@@ -133,8 +134,8 @@ class Contest:
         drafter, total = cast("Drafter", self.head(run)), Stats()
         how: dict[str, Any] = {"drafter": drafter, "shape": self.decoding.shape(drafter.max_depth)}
         how |= {"max_new_tokens": self.decoding.max_new_tokens, "eos_ids": self.base.eos_ids}
-        for prompt in self.ids[which]:
-            total += generate(self.base, prompt, **how).stats
+        for prompt in self.asked[which]:
+            total += generate(self.base, prompt.ids, **how).stats
         return total.tokens_per_step
 
     def same_rows(self, runs: Sequence[Run]) -> str:
@@ -148,12 +149,12 @@ class Contest:
     def figures(self, runs: Sequence[Run], settings: EvaluateConfig) -> tuple[dict[str, Any], dict[str, list[float]]]:
         """What the referee finds of every head with the first seed, and the tokens per step of the other seeds."""
         from draftsmith import judging
-        from draftsmith.decoding.referee import BaselinesConfig
+        from draftsmith.decoding.company import BaselinesConfig
 
         kept = [r for r in runs if r["chosen"] and not r["failed"]]
-        prepare.say(f"\ndecoding {len(self.ids['prompts'])} prompts with every head, {settings.repeats} times each")
+        prepare.say(f"\ndecoding {len(self.asked['prompts'])} prompts with every head, {settings.repeats} times each")
         heads = {r["head"]: self.head(r) for r in kept if r["seed"] == self.own.seeds[0]}
-        found = judging.judged(self.base, heads, self.ids["prompts"], self.decoding, BaselinesConfig(), settings)
+        found = judging.judged(self.base, heads, self.asked["prompts"], self.decoding, BaselinesConfig(), settings)
         others: dict[str, list[float]] = {name: [] for name in heads}
         for r in kept:
             if r["seed"] != self.own.seeds[0]:
@@ -181,8 +182,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         costs = calibrated(run_dir / "calibration.json", trainings, bench.step_cost)
         of_run = cast("dict[str, Any]", OmegaConf.to_container(trainings[own.compare[0]]))
         base = prepare.load_base(config.typed(of_run["base"], prepare.BaseConfig, "base"))
-        ids, sources = prompts_of(base, asking, of_run, base.spec.max_positions - decoding.max_new_tokens)
-        contest = Contest(own, run_dir, base, decoding, ids)
+        asked, sources = prompts_of(base, asking, of_run, decoding.max_new_tokens)
+        contest = Contest(own, run_dir, base, decoding, asked)
         runs = [r for head in own.compare for r in contest.runs(head, steps_for(own.cpu_seconds, costs[head]))]
         rows = contest.same_rows(runs)
         found, others = contest.figures(runs, settings)
@@ -223,19 +224,19 @@ def best(runs: Sequence[Run]) -> float:
 
 
 def prompts_of(
-    base: BaseLM, asking: Mapping[str, PromptsConfig], of_run: dict[str, Any], room: int
-) -> tuple[dict[str, list[list[int]]], dict[str, Any]]:
-    """Token ids of both sets of prompts and what is told of them; made-up ones of one are not in the other."""
+    base: BaseLM, asking: Mapping[str, PromptsConfig], of_run: dict[str, Any], max_new_tokens: int
+) -> tuple[dict[str, list[Asked]], dict[str, Any]]:
+    """Both sets of prompts and what is told of them; made-up ones of one are not in the other."""
     from draftsmith import evaluate
 
     told = config.typed(of_run["data"].get("chat") or {}, ChatConfig, "chat")
     trained = user_turns(evaluate.trained_on(of_run) or [])
     seen = user_turns(supply.collect(asking["selection"], trained))
     found = {
-        "selection": evaluate.held_out(base, asking["selection"], of_run, told, room),
-        "prompts": evaluate.held_out(base, asking["prompts"], of_run, told, room, seen),
+        "selection": evaluate.held_out(base, asking["selection"], of_run, told, max_new_tokens),
+        "prompts": evaluate.held_out(base, asking["prompts"], of_run, told, max_new_tokens, seen),
     }
-    return {k: ids for k, (ids, _) in found.items()}, {k: source for k, (_, source) in found.items()}
+    return {k: asked for k, (asked, _) in found.items()}, {k: source for k, (_, source) in found.items()}
 
 
 def main() -> None:

@@ -101,6 +101,12 @@ class Capture:
     logits: Tensor | None = None
     original: Tensor | None = None
 
+    def row(self, row: int) -> Capture:
+        """One row's, with a B axis of 1."""
+        rest = (self.final, self.logits, self.original)
+        hidden = {layer: h[row : row + 1] for layer, h in self.hidden.items()}
+        return Capture(hidden, *(None if t is None else t[row : row + 1] for t in rest))
+
     def at(self, positions_A: Tensor) -> Capture:
         """The same capture at these positions of the T axis, in their order."""
         hidden = {layer: h.index_select(1, positions_A) for layer, h in self.hidden.items()}
@@ -139,6 +145,31 @@ class KV(Protocol):
 
     def keep(self, start: int, path_A: Tensor) -> None:
         """Of the slots from `start` on keep start + path_A (ascending), moved up to `start`, no others."""
+        ...
+
+    def row(self, row: int, length: int) -> KV:
+        """One row's first `length` slots, as a K/V of its own in the same memory."""
+        ...
+
+    def reserve(self, slots: int) -> None:
+        """Make room for so many slots, so that views of rows stay views."""
+        ...
+
+    def adopt(self, row: int, source: int, target: int, count: int) -> None:
+        """Copy a row's `count` slots from `source` on to `target` on, in every layer."""
+        ...
+
+    def lengthen(self, layers: int, length: int) -> None:
+        """Layers 0..layers-1 hold `length` slots, which were written through views of rows."""
+        ...
+
+    def keep_rows(self, start: int, lengths: list[int], paths: list[list[int]]) -> None:
+        """`keep` for rows of different lengths: of the slots from `start` on row b keeps start + paths[b], moved to
+        lengths[b] on; `length` is then the longest row's."""
+        ...
+
+    def leave(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
         ...
 
 
@@ -295,6 +326,7 @@ class Head(nn.Module, ABC):
     lossy: ClassVar[bool] = False  # True: decoding with it may change the base's output
     wants: ClassVar[str] = ""  # what has to stand beside it: a "drafter", a "companion"
     gated: ClassVar[bool] = False  # True: a drafter that goes level by level and asks a gate after each
+    runs_base: ClassVar[bool] = False  # True: a drafter that runs blocks of the base on the base's own K/V
     adapts: ClassVar[bool] = False  # True: an adapter of the base is trained with it
 
     def __init__(self, config: Any, spec: BaseSpec) -> None:

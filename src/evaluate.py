@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, config, judging, prepare, supply
+from draftsmith import artifacts, asking, config, judging, prepare, supply
 from draftsmith.beside import Beside
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.prompts import PromptsConfig, user_turns
 from draftsmith.data.records import Record
 from draftsmith.data.settings import DataConfig
+from draftsmith.decoding.company import COMPANY, BaselinesConfig
 from draftsmith.decoding.gates import GateConfig
-from draftsmith.decoding.referee import COMPANY, HF, PLAIN, BaselinesConfig, DecodingConfig
+from draftsmith.decoding.referee import HF, PLAIN, DecodingConfig
 from draftsmith.errors import ConfigError, DataError
 from draftsmith.reporting import gates, leaderboard, primers, table
 
@@ -71,8 +72,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     limit = base.spec.max_positions
     if any(h.role == "primer" for h in heads.values()) and max(settings.prompt_lengths, default=0) > limit:
         raise ConfigError(f"prompt_lengths={settings.prompt_lengths}: the base has {limit} positions")
-    room = limit - decoding.max_new_tokens
-    asked, source = held_out(base, prompts, of_run, told, room, tuned_on(heads.values()))
+    asked, source = held_out(base, prompts, of_run, told, decoding.max_new_tokens, tuned_on(heads.values()))
     found = judging.judged(base, heads, asked, decoding, baselines, settings, gate, around.companion)
     dtype = str(base.dtype).removeprefix("torch.")
     how = {"prompts": source, "repeats": settings.repeats, "threads": settings.threads, "device": str(base.device)}
@@ -134,25 +134,28 @@ def held_out(
     prompts: PromptsConfig,
     of_run: dict[str, Any] | None,
     told: ChatConfig,
-    room: int,
+    max_new_tokens: int,
     also: frozenset[str] = frozenset(),
-) -> tuple[list[list[int]], dict[str, Any]]:
-    """Token ids of the prompts, and what evaluation.json tells of them. Made-up prompts share no user turn with
-    the made-up ones the run was trained on, nor any in `also`; of others, those trained on are counted (trained_on;
-    null: unknown).
+) -> tuple[list[asking.Asked], dict[str, Any]]:
+    """The prompts, and what evaluation.json tells of them: count prompts made of so many questions, one for each of
+    their turns but the left_out. Made-up ones share no user turn with the made-up ones the run was trained on, nor any
+    in `also`; of other questions, those trained on are counted (trained_on; null: unknown).
     """
     trained = trained_on(of_run)
-    asked = chosen_prompts(prompts, of_run, also)
-    if not asked:
-        raise DataError(f"{prompts.path}: no prompt in it")
-    chose = sum(bool(user_turns([r]) & also) for r in asked)
+    questions = chosen_prompts(prompts, of_run, also)
+    if not questions:
+        raise DataError(f"{prompts.path or ', '.join(prompts.chosen)}: no prompt in it")
+    chose, some = sum(bool(user_turns([r]) & also) for r in questions), f"of {len(questions)} prompts"
     if chose:
-        prepare.say(f"warning: {chose} of {len(asked)} prompts chose the gate's threshold; these figures flatter it")
-    seen = None if trained is None else len({r.asked for r in asked} & {r.asked for r in trained})
+        prepare.say(f"warning: {chose} {some} chose the gate's threshold; these figures flatter it")
+    seen = None if trained is None else len({r.asked for r in questions} & {r.asked for r in trained})
     if seen:
-        prepare.say(f"warning: {seen} of {len(asked)} prompts were trained on; these figures flatter the head")
-    ids = [_prompt_ids(base, r, told, room) for r in asked]
-    return ids, {**dataclasses.asdict(prompts), "count": len(asked), "trained_on": seen}
+        prepare.say(f"warning: {seen} {some} were trained on; these figures flatter the head")
+    asked, lost = asking.opened(base, questions, told, max_new_tokens, prompts.label)
+    if lost:
+        prepare.say(f"note: {len(lost)} later turns are left out, the first for this: {lost[0]}")
+    counts = {"count": len(asked), "questions": len(questions), "left_out": len(lost), "trained_on": seen}
+    return asked, {**dataclasses.asdict(prompts), **counts}
 
 
 def chosen_prompts(
@@ -164,22 +167,6 @@ def chosen_prompts(
 def tuned_on(heads: Iterable[Head]) -> frozenset[str]:
     """The keys of what was asked when these gates were tuned: no result may come from the same prompts."""
     return frozenset(str(key) for head in heads for key in head.said.get("tuned", {}).get("asked", []))
-
-
-def _prompt_ids(base: BaseLM, record: Record, told: ChatConfig, room: int) -> list[int]:
-    from draftsmith.data import chat
-
-    ids = (
-        chat.prompt_ids(base.tokenizer, record.messages, record.where, told, tools=record.tools)
-        if record.messages
-        else chat.text_ids(base.tokenizer, record.prompt or record.text)
-    )
-    if len(ids) > room:
-        raise DataError(
-            f"{record.where}: a prompt of {len(ids)} tokens leaves no room for decoding.max_new_tokens in the base's"
-            f" context of {base.spec.max_positions}; shorten either or take it out"
-        )
-    return ids
 
 
 def trained_on(of_run: dict[str, Any] | None) -> list[Record] | None:

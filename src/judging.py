@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from draftsmith import prepare
+from draftsmith import config, prepare
 from draftsmith.beside import DEPTH
 from draftsmith.contracts import Head, Needs
 from draftsmith.decoding import gating, priming
+from draftsmith.decoding.company import BaselinesConfig
 from draftsmith.decoding.engine import generate
 from draftsmith.decoding.gates import Confidence, Fixed, GateConfig, Oracle
 from draftsmith.decoding.measure import Contender, MakeGate
-from draftsmith.decoding.referee import HF, BaselinesConfig, DecodingConfig, Referee
+from draftsmith.decoding.referee import HF, DecodingConfig, Referee
+from draftsmith.decoding.tree import TreeSpec
 from draftsmith.errors import ConfigError, NumericsError
 from draftsmith.heads.acceptance import Acceptance, AcceptanceGate
 from draftsmith.heads.draft_model import DraftModel
 from draftsmith.roles import Drafter
 
 if TYPE_CHECKING:
+    from draftsmith.asking import Asked
     from draftsmith.base.lm import BaseLM
     from draftsmith.evaluate import EvaluateConfig
 
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 def judged(
     base: BaseLM,
     heads: Mapping[str, Head],
-    asked: list[list[int]],
+    asked: list[Asked],
     decoding: DecodingConfig,
     baselines: BaselinesConfig,
     settings: EvaluateConfig,
@@ -53,17 +56,18 @@ def judged(
         settings.batch_prompts,
     )
     own = contenders(referee, heads, gate)
-    found = referee.evaluate(own, asked)
+    prompts = [a.ids for a in asked]
+    found = referee.evaluate(own, prompts, [(a.source, a.turn) for a in asked])
     for name in own:
         found["heads"][name]["parameters"] = sum(p.numel() for p in heads[name].parameters())
         if heads[name].role == "gate":
-            found["heads"][name]["gate"] = of_gate(referee, cast(Acceptance, heads[name]), gate, asked)
+            found["heads"][name]["gate"] = of_gate(referee, cast(Acceptance, heads[name]), gate, prompts)
     priming_heads = {name: head for name, head in heads.items() if head.role == "primer"}
     if priming_heads:
         limits: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "eos_ids": base.eos_ids}
-        answers = [generate(base, prompt, **limits).tokens for prompt in asked]
+        answers = [generate(base, prompt, **limits).tokens for prompt in prompts]
         how: dict[str, Any] = {"lengths": settings.prompt_lengths, "repeats": settings.repeats}
-        found["primers"] = priming.judge(base, cast(Any, priming_heads), asked, answers, **how)
+        found["primers"] = priming.judge(base, cast(Any, priming_heads), prompts, answers, **how)
     return found
 
 
@@ -88,7 +92,7 @@ def contenders(referee: Referee, heads: Mapping[str, Head], gate: GateConfig | N
     for name, head in heads.items():
         if head.role == "drafter":
             maker = None if gate is None or gate.kind == "acceptance" else without_weights(gate)
-            found[name] = referee.contender(cast(Drafter, head), gate=maker)
+            found[name] = referee.contender(cast(Drafter, head), gate=maker, tuned=None if maker else tuned_tree(head))
         elif head.role == "gate":
             if gate is not None and gate.kind != "acceptance":
                 raise ConfigError(f"gate={gate.kind}: {name} is a gate itself; give gate=acceptance, or none")
@@ -97,6 +101,12 @@ def contenders(referee: Referee, heads: Mapping[str, Head], gate: GateConfig | N
     if gate is not None and not found:
         raise ConfigError(f"gate={gate.kind}: nobody drafts here, so there is nothing to stop; leave it out")
     return found
+
+
+def tuned_tree(head: Head) -> TreeSpec | None:
+    """What draftsmith tune found best for it, if it was asked."""
+    told = head.said.get("tuned", {}).get("tree")
+    return None if told is None else config.typed(told, TreeSpec, "tuned.tree")
 
 
 def without_weights(gate: GateConfig) -> MakeGate:

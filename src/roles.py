@@ -10,73 +10,13 @@ Shape suffixes are those of contracts.py: N tree nodes, C nodes of one depth, A 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from draftsmith.contracts import KV, BaseView, Capture, Needs
-
-
-@dataclass(frozen=True)
-class Level:
-    """The nodes of one depth, C of them, and who is above them; what a drafter needs that fills a tree downwards.
-
-    nodes: their place in the tree. above_C: each one's parent, counted within the level above; of_C: counted among
-    those of the level above that have children. expanded_A: which of these nodes have children themselves, counted
-    within this level. ranks_C: as in TreeShape.
-    """
-
-    nodes: slice
-    above_C: Tensor
-    of_C: Tensor
-    expanded_A: Tensor
-    ranks_C: Tensor
-
-
-@dataclass(frozen=True)
-class TreeShape:
-    """The static shape of a proposal. Node 0 is the root; a parent stands before its children.
-
-    parents_N (-1 for the root), depths_N (0 for the root), ranks_N: node n takes the ranks_N[n]-th best
-    token (0 = best) of its depth; the root's rank is 0 and unused.
-    """
-
-    parents_N: Tensor
-    depths_N: Tensor
-    ranks_N: Tensor
-
-    @cached_property
-    def depth(self) -> int:
-        return int(self.depths_N.max())
-
-    @cached_property
-    def levels(self) -> list[Level]:
-        """Its depths 1, 2, … in order. Nodes of equal depth must stand together, as `decoding.tree` makes them."""
-        parents, device = self.parents_N.tolist(), self.parents_N.device
-        depths = self.depths_N.tolist()
-        has_children = set(parents)
-        above, expanded, found = [0], [0], []
-        for depth in range(1, self.depth + 1):
-            nodes = [n for n, d in enumerate(depths) if d == depth]
-            assert nodes == list(range(nodes[0], nodes[-1] + 1)), "nodes of equal depth must stand together"
-            mine = [n for n in nodes if n in has_children]
-            rows = [
-                [above.index(parents[n]) for n in nodes],
-                [expanded.index(parents[n]) for n in nodes],
-                [n - nodes[0] for n in mine],
-            ]
-            above_C, of_C, expanded_A = (torch.tensor(row, dtype=torch.long, device=device) for row in rows)
-            span = slice(nodes[0], nodes[-1] + 1)
-            found.append(Level(span, above_C, of_C, expanded_A, self.ranks_N[span]))
-            above, expanded = nodes, mine
-        return found
-
-    @cached_property
-    def width(self) -> int:
-        """How many candidates the widest depth asks for."""
-        return int(self.ranks_N.max()) + 1
+from draftsmith.growth import GREEDY, Draws, Level, Shape, Warp
 
 
 @dataclass
@@ -85,13 +25,16 @@ class Proposal:
 
     entered (layer, hidden [B, N, D]): the drafter has run the base's blocks 0..layer-1 for these nodes, in this
     order, on the base's own K/V; verification runs the rest. drawn_NV: row n is the distribution that node n was
-    drawn from (the root's is unused); None: nodes were chosen, not drawn, so that chance had no part in them.
+    drawn from, given its earlier siblings, in fp64 (the root's is unused; zeros: refuse it, there was nothing to draw);
+    None: nodes were chosen, not drawn, so that chance had no part in them. It may have fewer columns than the base has
+    tokens. kept_N: which of all the nodes that were drafted these are, ascending; None: all.
     """
 
     tokens_N: Tensor
     parents_N: Tensor
     entered: tuple[int, Tensor] | None = None
     drawn_NV: Tensor | None = None
+    kept_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -144,36 +87,41 @@ class Gate(Protocol):
 
 @dataclass
 class State:
-    """What a drafter may look at before a step, for one sequence (or B equal rows of it).
+    """What a drafter may look at before a step, of one row.
 
     tokens: prompt and everything emitted, the root last. root: that last token.
-    seen: capture of the positions accepted by the last step (or of the whole prompt), in order, [B, A, .];
+    seen: capture of the positions accepted by the last step (or of the whole prompt), in order, [1, A, .];
     its last position is the one that predicted the root. shape: the tree to fill.
-    kv: the base's, every emitted token but the root; a drafter that runs base blocks leaves their slots in it and
-    says so in Proposal.entered. head_kv: the drafter's own, made and kept by it between steps; it holds emitted
-    tokens only, since `seen` brings the truth about every position that was accepted.
-    copies: B. gate: who ends drafting early. temperature: of the text; generator: what a drafter that draws draws with.
+    read: where the drafter needs logits, all tokens_N that the base read in its last forward, refused ones too, and its
+    logits_NV after each.
+    kv: the base's, every emitted token but the root; a drafter that runs base blocks (runs_base) finds it there, and
+    leaves their slots in it or says so in Proposal.entered. head_kv: the drafter's own, made and kept by it between
+    steps; it holds emitted tokens only, since `seen` brings the truth about every position that was accepted.
+    gate: who ends drafting early. warp: of the text. draws, generator: how a drafter that can draw is to do it and with
+    what; None: its own way.
     """
 
     tokens: list[int]
     root: int
     seen: Capture
-    shape: TreeShape
+    shape: Shape
     kv: KV | None = None
     head_kv: KV | None = None
-    copies: int = 1
     gate: Gate | None = None
-    temperature: float = 0.0
+    warp: Warp = GREEDY
+    draws: Draws | Literal["best"] | None = None
     generator: torch.Generator | None = None
+    read: tuple[Tensor, Tensor] | None = None
 
 
 class Drafter(Protocol):
     """Proposes tokens. `max_depth` bounds the tree it can fill; `needs` is what it reads of the base. gated: it drafts
-    level by level and asks state.gate after each."""
+    level by level and asks state.gate after each. runs_base: it runs blocks of the base on state.kv."""
 
     needs: Needs
     max_depth: int
     gated: bool
+    runs_base: bool
 
     def propose(self, base: BaseView, state: State) -> Proposal: ...
 
@@ -184,11 +132,3 @@ class Primer(Protocol):
     def prime(self, base: BaseView, tokens_BT: Tensor) -> KV:
         """The base's K/V after these tokens, [B, T]."""
         ...
-
-
-def draw(chances_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """tokens_N by inversion: the first at which the cumulative probability passes uniform_N, in [0, 1). A token without
-    probability is never drawn; rounding may reach the very end, which is the last token."""
-    upto_NV = chances_NV.cumsum(-1)
-    at_N = torch.searchsorted(upto_NV, (uniform_N * upto_NV[:, -1])[:, None], right=True)[:, 0]
-    return at_N.clamp(max=chances_NV.shape[1] - 1)

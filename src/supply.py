@@ -98,7 +98,7 @@ def collect(prompts: PromptsConfig, exclude: frozenset[str] = frozenset()) -> li
 
 def asked_of(data: DataConfig) -> list[Record] | None:
     """What was asked for a run's rows; None where its folder does not say."""
-    if data.prompts is not None and not data.prompts.chosen:
+    if data.prompts is not None and data.prompts.made_up:
         return make_up(data.prompts)
     if data.path and is_rows(data.path):
         folder = Path(data.path)
@@ -165,7 +165,7 @@ def facts_of(data: DataConfig, recorded: dict[str, Any] | None = None) -> dict[s
     """What rows were asked for, as their manifest tells it. (Batch size, urls and paths may change.) recorded: of a
     job that has begun; if its sources are gone, they are taken to be what they were."""
     assert data.prompts is not None
-    made_up = {k: v for k, v in dataclasses.asdict(data.prompts).items() if k not in ("path", "sources")}
+    made_up = {k: getattr(data.prompts, k) for k in ("synthetic", "seed", "text")}
     generation = dataclasses.asdict(data.generation)
     server = generation.pop("server")
     generation.pop("batch_size")

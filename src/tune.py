@@ -52,12 +52,12 @@ def run(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     gates = {name: cast("Acceptance", head) for name, head in heads.items() if head.role == "gate"}
     if not gates:
         raise ConfigError(f"load: {', '.join(heads)} have nothing to tune; only gates (head=acceptance) do so far")
-    room = base.spec.max_positions - decoding.max_new_tokens
-    asked, source = evaluate.held_out(base, prompts, of_run, chat, room)
+    asked, source = evaluate.held_out(base, prompts, of_run, chat, decoding.max_new_tokens)
+    ids = [a.ids for a in asked]
     keys = sorted(user_turns(evaluate.chosen_prompts(prompts, of_run)))
     found = {}
     for name, head in gates.items():
-        found[name] = {**_tuned(base, head, asked, decoding, settings), "prompts": source, "asked": keys}
+        found[name] = {**_tuned(base, head, ids, decoding, settings), "prompts": source, "asked": keys}
         _store(folders[name], head, found[name], base.adapter)
         prepare.say(_said(name, found[name], folders[name]))
     return found
@@ -71,7 +71,7 @@ def _tuned(
         "max_new_tokens": decoding.max_new_tokens,
         "eos_ids": base.eos_ids,
         "repeats": settings.repeats,
-        "temperature": decoding.temperature,
+        "rules": decoding.rules,
         "seed": decoding.seed,
     }
     deepest = min(head.beside.max_depth, head.config.max_depth, decoding.depth or head.config.max_depth)

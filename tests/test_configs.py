@@ -18,7 +18,10 @@ from draftsmith.data.labels import LabelsConfig
 from draftsmith.data.prompts import PromptsConfig
 from draftsmith.data.settings import DataConfig
 from draftsmith.decoding.gates import KINDS, GateConfig
-from draftsmith.decoding.referee import BaselinesConfig, DecodingConfig
+from draftsmith.decoding.company import BaselinesConfig
+from draftsmith.decoding.referee import DecodingConfig
+from draftsmith.decoding.tree import KINDS as TREES
+from draftsmith.decoding.tree import TreeSpec
 from draftsmith.errors import ConfigError
 from draftsmith.training.pretrain import PretrainConfig
 from draftsmith.training.settings import OptimizerConfig, SchedulerConfig, Settings, StrategyConfig, TrainerConfig
@@ -28,6 +31,7 @@ SPEC = BaseSpec("llama", 32, 48, 60, 2, 4, 2, 8, 128)
 # group -> the dataclass of its values; a head or an exporter names its own by `_target_`
 SCHEMAS: dict[str, type] = {
     "base": prepare.BaseConfig,
+    "baselines": BaselinesConfig,
     "companion": prepare.BaseConfig,
     "data": DataConfig,
     "decoding": DecodingConfig,
@@ -36,7 +40,9 @@ SCHEMAS: dict[str, type] = {
     "scheduler": SchedulerConfig,
     "strategy": StrategyConfig,
     "trainer": TrainerConfig,
+    "tree": TreeSpec,
 }
+INSIDE = {"tree": "decoding.tree"}  # group -> where it goes, if not to a key of its own name
 TARGETED = {"head", "exporter"}
 # what a verb's own file holds beside the groups: (verb, key) -> its dataclass
 OWN: dict[tuple[str, str], type] = {
@@ -45,7 +51,6 @@ OWN: dict[tuple[str, str], type] = {
     ("bakeoff", "selection"): PromptsConfig,
     ("bakeoff", "prompts"): PromptsConfig,
     ("label", "labels"): LabelsConfig,
-    ("evaluate", "baselines"): BaselinesConfig,
     ("bench", "base"): bench.ShapeConfig,
     ("bench", "data"): bench.ChatsConfig,
     ("bench_data", "bench"): bench_data.BenchDataConfig,
@@ -89,8 +94,9 @@ def parts(verb: str, cfg: DictConfig) -> Iterator[tuple[str, Any, type]]:
     if "exporter" in cfg:
         yield "exporter", cfg.exporter, config.target(cfg.exporter, "exporter").Config
     for group, schema in SCHEMAS.items():
-        if group in defaults_of(verb) and cfg.get(group) is not None:
-            yield group, cfg[group], schema
+        key = INSIDE.get(group, group)
+        if group in defaults_of(verb) and (node := OmegaConf.select(cfg, key)) is not None:
+            yield key, node, schema
     for (owner, key), schema in OWN.items():
         if owner == verb:
             yield key, cfg[key], schema
@@ -169,6 +175,33 @@ def test_a_gate_is_named_after_its_kind(name: str) -> None:
 
 def test_every_kind_of_gate_has_a_yaml() -> None:
     assert sorted(KINDS) == CHOICES["gate"]
+
+
+PUBLISHED = {
+    "eagle_25": [4, 8, 8, 3, 2],
+    "mc_sim_7b_63": [10, 28, 23, 2],
+    "vicuna_7b_stage1": [10, 32, 20, 1],
+    "vicuna_7b_stage2": [10, 23, 23, 7],
+    "vicuna_13b_stage1": [10, 29, 23, 1],
+    "vicuna_13b_stage2": [10, 19, 25, 9],
+    "vicuna_33b_stage1": [10, 34, 19],
+    "vicuna_33b_stage2": [10, 24, 24, 5],
+    "zephyr_stage2": [10, 27, 23, 3],
+}
+
+
+@pytest.mark.parametrize("name", CHOICES["tree"])
+def test_a_tree_is_named_after_its_kind_or_has_as_many_nodes_per_depth_as_published(name: str) -> None:
+    spec = config.typed(compose("evaluate", f"tree={name}").decoding.tree, TreeSpec, "tree")
+    assert spec.kind == (name if name in TREES else "static")
+    if name in PUBLISHED:
+        shape = spec.shape(9)
+        assert shape.depths_N.bincount().tolist() == [1, *PUBLISHED[name]]
+        assert spec.shape(2).depths_N.bincount().tolist() == [1, *PUBLISHED[name][:2]]  # cut for a shallow head
+
+
+def test_every_kind_of_tree_and_every_published_one_has_a_yaml() -> None:
+    assert sorted({*TREES, *PUBLISHED} - {"static"}) == CHOICES["tree"]
 
 
 @pytest.mark.parametrize("name", CHOICES["head"])

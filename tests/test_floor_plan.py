@@ -22,7 +22,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 GROUND: dict[str, set[str]] = {
     "errors": set(),
     "contracts": set(),
-    "roles": {"contracts"},
+    "growth": {"errors"},
+    "roles": {"contracts", "growth"},
+    "drafting": {"contracts", "errors", "growth", "roles"},
     "targets": {"contracts", "errors"},
     "losses": {"contracts", "errors"},
     "artifacts": {"contracts", "errors"},

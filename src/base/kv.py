@@ -32,6 +32,7 @@ class KV:
         self._keys: list[Tensor] = []  # views of the store, one [B, H, C, head_dim] per layer
         self._values: list[Tensor] = []
         self._positions_BC: Tensor | None = None
+        self._is_view = False
 
     @property
     def length(self) -> int:
@@ -122,6 +123,63 @@ class KV:
             held = self._positions_BC[:, start:used]
             held[:, :kept] = held.index_select(1, path_A)
 
+    def row(self, row: int, length: int) -> KV:
+        """One row's first `length` slots, as a K/V of its own in the same memory; whoever writes to it must find room
+        (`reserve`)."""
+        view = KV(len(self._lengths), self._capacity, windowed=self._windowed)
+        view._lengths, view._is_view = [length] * len(self._lengths), True
+        if self._store is not None:
+            view._hold(self._store.narrow(2, row, 1))
+        if self._positions_BC is not None:
+            view._positions_BC = self._positions_BC.narrow(0, row, 1)
+        return view
+
+    def reserve(self, slots: int) -> None:
+        """Makes room for so many slots, so that views of rows stay views."""
+        if self._store is not None and slots > self._capacity:
+            self._allocate(self._keys[0], slots)
+        held = self._positions_BC
+        if held is not None and held.shape[1] < self._capacity:
+            self._positions_BC = held.new_zeros(held.shape[0], self._capacity)
+            self._positions_BC[:, : held.shape[1]] = held
+
+    def adopt(self, row: int, source: int, target: int, count: int) -> None:
+        """Copies a row's `count` slots from `source` on to `target` on, in every layer."""
+        if count and source != target:
+            assert self._store is not None
+            mine = self._store.select(2, row)
+            mine.narrow(3, target, count).copy_(mine.narrow(3, source, count).clone())
+
+    def lengthen(self, layers: int, length: int) -> None:
+        """Layers 0..layers-1 hold `length` slots, which was written past this object."""
+        self._lengths[:layers] = [length] * layers
+
+    def keep_rows(self, start: int, lengths: list[int], paths: list[list[int]]) -> None:
+        """`keep`, row by row: of the slots from `start` on, row b keeps start + paths[b], moved to lengths[b] on, which
+        is where its own text ends; `length` is then the longest row's."""
+        assert self._store is not None
+        store, most = self._store, max(map(len, paths))
+        device = store.device
+        source_BA = torch.tensor([[start + n for n in p] + [start] * (most - len(p)) for p in paths], device=device)
+        target_BA = torch.tensor(lengths, device=device)[:, None] + torch.arange(most, device=device)
+        everywhere = (*store.shape[:2], -1, store.shape[3], -1, store.shape[5])
+        moved = store.gather(4, source_BA[None, None, :, None, :, None].expand(everywhere))
+        store.scatter_(4, target_BA[None, None, :, None, :, None].expand(everywhere), moved)
+        if self._positions_BC is not None:
+            self._positions_BC.scatter_(1, target_BA, self._positions_BC.gather(1, source_BA))
+        self._lengths = [max(n + len(p) for n, p in zip(lengths, paths, strict=True))] * len(self._lengths)
+
+    def leave(self, row: int) -> None:
+        """Forgets a row; the last one takes its place."""
+        assert self._store is not None
+        last = self._store.shape[2] - 1
+        if row != last:
+            self._store.select(2, row).copy_(self._store.select(2, last))
+        self._hold(self._store.narrow(2, 0, last))
+        if self._positions_BC is not None:
+            self._positions_BC[row] = self._positions_BC[last].clone()
+            self._positions_BC = self._positions_BC[:last]
+
     def select(self, rows_A: Tensor) -> None:
         """Of all rows keep these, in this order; forget the others."""
         if self._store is not None:
@@ -130,6 +188,7 @@ class KV:
             self._positions_BC = self._positions_BC.index_select(0, rows_A.to(self._positions_BC.device))
 
     def _allocate(self, key: Tensor, needed: int) -> None:
+        assert not self._is_view, f"{needed} slots were not reserved before a row was looked at alone"
         while self._capacity < needed:
             self._capacity *= 2
         batch, heads, _, head_dim = key.shape

@@ -19,7 +19,7 @@ from draftsmith.data import chat
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.journal import Shard
 from draftsmith.data.openai_api import ServerConfig
-from draftsmith.data.records import Message, Record
+from draftsmith.data.records import Message, Record, user
 from draftsmith.data.rows import Row
 from draftsmith.errors import ConfigError, RowError
 
@@ -275,4 +275,4 @@ def _turns(record: Record) -> list[list[Message]]:
             pending = []
     if not turns:
         raise RowError(record.where, "no_prompt", "no user message to answer")
-    return turns
+    return [*turns, *([user(said)] for said in record.later)]

@@ -93,6 +93,8 @@ def encode(record: Record, config: DataConfig, base: Base) -> tuple[list[int], l
     where, tokenizer = record.where, base.tokenizer
     if record.ids:
         ids, mask = list(record.ids), list(record.mask)
+    elif record.later:
+        raise RowError(where, "no_answer", "turns without answers; let the base answer them with draftsmith distill")
     elif record.messages and config.loss_on == "all":
         ids = chat.whole_ids(tokenizer, record.messages, where, config.chat, tools=record.tools)
         mask = [1] * len(ids)
@@ -117,6 +119,8 @@ def encode(record: Record, config: DataConfig, base: Base) -> tuple[list[int], l
 
 def said(record: Record) -> dict[str, Any]:
     """The text of a record, as rows keep it."""
+    if record.later:
+        return {"turns": [*(m["content"] for m in record.messages), *record.later]}
     if record.messages:
         return {"messages": list(record.messages)}
     if record.prompt:

@@ -26,7 +26,7 @@ from draftsmith import artifacts
 from draftsmith.contracts import BaseSpec, BaseView, Needs
 from draftsmith.data.rows import Row, Rows, to_table, write_shard
 from draftsmith.errors import ConfigError, DataError, NumericsError
-from draftsmith.roles import draw
+from draftsmith.growth import draw
 
 if TYPE_CHECKING:
     import pyarrow as pa

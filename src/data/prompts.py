@@ -6,8 +6,9 @@ import json
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from draftsmith.data import synthetic
+from draftsmith.data import questions, synthetic
 from draftsmith.data.records import Record
 from draftsmith.data.sources import SourceConfig
 from draftsmith.errors import ConfigError, DataError
@@ -18,8 +19,11 @@ SOURCES = 10_000_000  # bytes of library source that openings are cut from
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Where prompts come from: a file, folder or glob, or named sources; or so many made-up ones."""
+    """Where prompts come from: a set that is known by name, a file, folder or glob, or named sources; or so many
+    made-up ones."""
 
+    set: str | None = None  # mt_bench | spec_bench: `path`, or the file where it usually lies (questions.py)
+    download: bool = False  # of a set whose file is not there
     path: str | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     synthetic: int = 0  # instead: this many templated chats
@@ -31,13 +35,35 @@ class PromptsConfig:
             raise ConfigError("synthetic, text: counts cannot be negative")
         if self.path is not None and self.sources:
             raise ConfigError("path, sources: give one of them")
-        if self.path is None and not self.sources and self.synthetic + self.text == 0:
-            raise ConfigError("path, sources, synthetic, text: give prompts (path=…), or how many to make up")
+        if self.set is not None and self.set not in questions.SETS:
+            raise ConfigError(f"set='{self.set}': choose one of {', '.join(questions.SETS)}, or null and give path=…")
+        if self.set and self.sources:
+            raise ConfigError("set, sources: give one of them")
+        if self.download and (self.set is None or self.path is not None):
+            raise ConfigError("download: only a set without a path is fetched; give set=mt_bench, or download=false")
+        if self.made_up and self.synthetic + self.text == 0:
+            raise ConfigError("set, path, sources, synthetic, text: give prompts (path=…), or how many to make up")
+
+    @property
+    def made_up(self) -> bool:
+        return not (self.set or self.path or self.sources)
 
     @property
     def chosen(self) -> Mapping[str, SourceConfig]:
-        """The sources by name; none if the prompts are made up."""
+        """The sources by name; none if the prompts are made up. DataError for a set whose file is nowhere."""
+        if self.set:
+            return {self.set: questions.source(self.set, self.path, download=self.download)}
         return {"path": SourceConfig(path=self.path)} if self.path else self.sources
+
+    def label(self, record: Record) -> str:
+        """What one of these prompts is reported under: the subtask of a set, the name of its source, what its row or
+        its file is called, or what kind was made up."""
+        if self.set:
+            return questions.SETS[self.set].subtask(record.category) or self.set
+        if self.path:
+            own = Path(self.path)
+            return record.category or (own.name.partition(".")[0] if own.is_file() else "") or "path"
+        return record.source or ("text" if record.prompt else "chats")
 
 
 def make_up(config: PromptsConfig, exclude: frozenset[str] = frozenset()) -> list[Record]:
@@ -61,7 +87,7 @@ def user_turns(records: Iterable[Record]) -> frozenset[str]:
 def _user_said(r: Record) -> list[str]:
     told = json.loads(r.kept["said"]) if r.kept.get("said") else {}
     prompt, messages = r.prompt or told.get("prompt"), r.messages or told.get("messages", ())
-    return [prompt] if prompt else [m["content"] for m in messages if m["role"] == "user"]
+    return [prompt] if prompt else [*(m["content"] for m in messages if m["role"] == "user"), *r.later]
 
 
 def _key(said: str) -> str:

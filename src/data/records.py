@@ -20,7 +20,8 @@ Message = dict[str, Any]  # role, content; an assistant's may have tool_calls, a
 class Record:
     """Exactly one of: messages; text; prompt (with or without completion); ids (with mask). `where` is file:row,
     `source` the name of the source it came from. tools: what the chat template is to offer, if anything. kept: what a
-    row of ours already says of itself (asked, said, source, seed, finish)."""
+    row of ours already says of itself (asked, said, source, seed, finish). later: what the user says once messages are
+    answered, then once that is answered, and so on. category: what kind of question it says it is."""
 
     where: str
     messages: tuple[Message, ...] = ()
@@ -32,12 +33,14 @@ class Record:
     tools: tuple[dict[str, Any], ...] = ()
     source: str = ""
     kept: dict[str, Any] = field(default_factory=dict)
+    later: tuple[str, ...] = ()
+    category: str = ""
 
     @property
     def content(self) -> str:
         """sha256 of what it says: equal content, equal hash, wherever it came from."""
         said = [list(self.messages), self.text, self.prompt, self.completion, self.ids, self.mask, list(self.tools)]
-        return fingerprint(said)
+        return fingerprint([*said, list(self.later)] if self.later else said)
 
     @property
     def asked(self) -> str:
@@ -46,8 +49,12 @@ class Record:
         if self.kept.get("asked"):
             return str(self.kept["asked"])
         if self.messages:
-            return fingerprint([m for m in self.messages if m["role"] != "assistant"])
+            return fingerprint([*(m for m in self.messages if m["role"] != "assistant"), *map(user, self.later)])
         return fingerprint(self.prompt or self.text or self.ids)
+
+
+def user(said: str) -> Message:
+    return {"role": "user", "content": said}
 
 
 def check_messages(messages: Any, where: str) -> list[Message]:

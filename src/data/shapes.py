@@ -6,6 +6,7 @@ alpaca       instruction, output, optional input and system
 completion   prompt and completion (or response): both texts, or both lists of messages
 prompt       prompt: a text to go on from, or messages to answer
 text         text: plain, learned from its first token to its last
+turns        turns: what a user says one after the other, each to be answered; optional category (MT-Bench, Spec-Bench)
 tokens       ids or input_ids; mask or loss_mask, or labels with -100 where nothing is learned
 """
 
@@ -15,13 +16,14 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from draftsmith.data.records import Record, check_messages
+from draftsmith.data.records import Record, check_messages, user
 from draftsmith.errors import RowError
 
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
 SHAREGPT |= {"bing": "assistant", "bard": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
 IGNORED = -100  # what `labels` say where nothing is learned
 COMPLETIONS = ("completion", "response")
+TURNS = ("turns", "prompt")  # the second where the shape is forced: MT-Bench has it so on the hub
 
 
 def record(value: dict[str, Any], where: str, shape: str = "auto", source: str = "") -> Record:
@@ -46,10 +48,12 @@ def _shape_of(value: dict[str, Any], where: str) -> str:
         return "completion" if has & set(COMPLETIONS) else "prompt"
     if "text" in has:
         return "text"
+    if "turns" in has:
+        return "turns"
     raise RowError(
         where,
         "shape",
-        f"has neither messages, conversations, instruction, prompt, text nor ids; keys: {sorted(value)};"
+        f"has neither messages, conversations, instruction, prompt, text, turns nor ids; keys: {sorted(value)};"
         " name yours, as 'data.sources={mine: {path: …, columns: {prompt: question}}}'",
     )
 
@@ -131,6 +135,20 @@ def _plain(value: dict[str, Any], where: str) -> Record:
     return Record(where, text=_text(value, "text", where))
 
 
+def _turns(value: dict[str, Any], where: str) -> Record:
+    key = next((k for k in TURNS if value.get(k) is not None), TURNS[0])
+    found = _listed(value.get(key))
+    if not isinstance(found, list) or not found:
+        raise RowError(where, "types", f"{key}: give a non-empty list of what the user says")
+    for i, said in enumerate(found):
+        if not isinstance(said, str):
+            raise RowError(where, "types", f"{key}[{i}]: a text is due, not {type(said).__name__}")
+        if not said.strip():
+            raise RowError(where, "empty", f"{key}[{i}]: the user says nothing")
+    category = _text(value, "category", where, empty=True) if value.get("category") is not None else ""
+    return Record(where, messages=(user(found[0]),), later=tuple(found[1:]), category=category)
+
+
 def _tokens(value: dict[str, Any], where: str) -> Record:
     ids = next((value[k] for k in ("ids", "input_ids") if value.get(k) is not None), None)
     mask = next((value[k] for k in ("mask", "loss_mask") if value.get(k) is not None), None)
@@ -172,5 +190,6 @@ READERS: dict[str, Callable[[dict[str, Any], str], Record]] = {
     "completion": _completion,
     "prompt": _prompt,
     "text": _plain,
+    "turns": _turns,
     "tokens": _tokens,
 }

@@ -28,7 +28,7 @@ KINDS = {  # a folder is read if its files are of one kind; .json counts where t
     "JSON": (".json",),
 }
 SUFFIXES = ", ".join(suffix for suffixes in KINDS.values() for suffix in suffixes)
-SHAPES = ("auto", "messages", "sharegpt", "alpaca", "completion", "prompt", "text", "tokens")
+SHAPES = ("auto", "messages", "sharegpt", "alpaca", "completion", "prompt", "text", "turns", "tokens")
 LEAST, MOST = 0.001, 1000  # weights of a source
 Raw = tuple[str, dict[str, Any] | RowError]  # file:row, and the object there or what is wrong with it
 
@@ -47,7 +47,7 @@ class SourceConfig:
     split: str = "train"
     revision: str | None = None
     streaming: bool = False  # rows are written out as they come, without the hub's whole files
-    shape: str = "auto"  # auto | messages | sharegpt | alpaca | completion | prompt | text | tokens
+    shape: str = "auto"  # auto | messages | sharegpt | alpaca | completion | prompt | text | turns | tokens
     columns: dict[str, str] = field(default_factory=dict)
     weight: float = 1.0
     limit: int | None = None  # only so many rows

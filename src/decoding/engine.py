@@ -1,17 +1,15 @@
-"""One sequence, with or without a drafter: the same loop, so its two speeds can be compared.
+"""Texts, with or without a drafter: the same loop, so that its speeds can be compared; one text or many together.
 
-Prefill reads the prompt and gives the first token, the first root; a primer may write the K/V of all but the prompt's
-last token in the base's place. Each step then drafts below the root, lets
-the base read root and drafts in one forward under a tree mask, keeps what the base would have said itself,
-and emits that and the base's own next token, the next root. The K/V always holds every emitted token but the
-root, so a node stands at position kv.length + its depth, whatever slot it was written to.
+Prefill reads the prompts and gives the first tokens, the first roots; a primer may write the K/V of all but a prompt's
+last token in the base's place. Each step then drafts below the roots, lets the base read roots and drafts of all rows
+in one forward under a tree mask, keeps what the base would have said itself, and emits that and the base's own next
+token, the next root.
+
+Row b's text but its root fills the K/V's slots 0..length_b - 1, so a node stands at position length_b + its depth. All
+rows write their nodes to the same slots, behind the longest text (plan.together); what a row keeps is then moved to the
+end of its own text. Rows accept different numbers of tokens and end at different times: an ended row leaves the batch.
 
 During a step the K/V holds all N nodes, so it must have room for N - 1 slots beyond the last position.
-
-With a temperature every position has a uniform number of its own, made from the seed before the first step, and the
-base's token there is the one at which its cumulative distribution passes it. So what is emitted is a function of
-(seed, prompt) alone, the same with every drafter that chooses its tokens and every gate; a drafter that draws them is
-verified by speculative sampling, whose text is another one of the same distribution.
 """
 
 from __future__ import annotations
@@ -19,16 +17,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from draftsmith.contracts import BaseView, Capture, Needs
 from draftsmith.decoding import tree, verify
-from draftsmith.decoding.plan import Plans
+from draftsmith.decoding.plan import Plan, Plans, together
+from draftsmith.decoding.rows import Row, only
+from draftsmith.decoding.rules import Chance, Rules
 from draftsmith.decoding.stats import Stats
 from draftsmith.errors import ConfigError
-from draftsmith.roles import Drafter, Gate, Primer, Proposal, State, TreeShape, Verdict, draw
+from draftsmith.growth import Shape, TreeShape, Warp
+from draftsmith.roles import Drafter, Gate, Primer, Proposal, State, Verdict
+
+T = TypeVar("T")
 
 Watch = Callable[[Proposal, Verdict], None]
 
@@ -55,132 +60,229 @@ class Generation:
         return self.stats.accepted_drafts_per_step
 
 
-@torch.no_grad()
 def generate(
     base: BaseView,
     prompt: Sequence[int],
     *,
     drafter: Drafter | None = None,
-    shape: TreeShape | None = None,
+    shape: Shape | None = None,
     max_new_tokens: int,
     eos_ids: frozenset[int] = frozenset(),
     temperature: float = 0.0,
+    rules: Rules | None = None,
     seed: int = 0,
     gate: Gate | None = None,
     primer: Primer | None = None,
     watch: Watch | None = None,
-    copies: int = 1,
 ) -> Generation:
-    """Continuation of `prompt`, greedy or sampled at `temperature`; the drafter and the gate change its speed, never
-    its tokens (their distribution, where the drafter draws). A primer changes the tokens too.
+    """Continuation of `prompt`, greedy or sampled; the drafter and the gate change its speed, never its tokens (their
+    distribution, where the drafter draws), unless the rules are lossy. A primer changes the tokens too.
 
+    rules: how tokens come about; `temperature` alone is short for exact sampling at it.
     shape: the tree to draft, by default a chain as deep as the drafter goes. Ends after the first id of
     `eos_ids`, after `max_new_tokens`, or when the newest token stands at a position the base does not have
     (spec.max_positions); near it the tree is cut to the positions left. Statistics count before these cuts.
     watch: called after every step with what was proposed and what was kept.
-    copies: so many equal rows are decoded in lockstep, every forward over all of them; tokens and counts are one
-    row's. It is what a batch costs where no row waits for another, the least that a batch can cost.
     """
-    _check(base, prompt, max_new_tokens, temperature)
-    _check_company(drafter, gate, primer)
-    shape = _shape(drafter, shape)
-    run = _Run(base, _RootAlone() if drafter is None else drafter, shape, copies, gate, Chance(base, temperature, seed))
-    run.watch = watch
-    tokens, finish = _cut([], [run.prefill(prompt, primer)], eos_ids, max_new_tokens)
-    while finish is None and run.room >= 0:
-        tokens, finish = _cut(tokens, run.step(), eos_ids, max_new_tokens)
-    run.stats.emitted = len(tokens)
-    return Generation(tokens, run.stats, finish or "positions")
+    rules = Rules(Warp(temperature)) if rules is None else rules
+    limits = {"shape": shape, "max_new_tokens": max_new_tokens, "eos_ids": eos_ids, "rules": rules}
+    more = {"drafters": drafter, "gates": gate, "seeds": [seed], "primer": primer, "watch": watch}
+    return decode(base, [prompt], **limits, **more)[0]  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def decode(
+    base: BaseView,
+    prompts: Sequence[Sequence[int]],
+    *,
+    drafters: Drafter | Sequence[Drafter] | None = None,
+    gates: Gate | Sequence[Gate] | None = None,
+    shape: Shape | None = None,
+    max_new_tokens: int,
+    eos_ids: frozenset[int] = frozenset(),
+    rules: Rules | None = None,
+    seeds: Sequence[int] | None = None,
+    rooted: bool = False,
+    primer: Primer | None = None,
+    watch: Watch | None = None,
+) -> list[Generation]:
+    """Continuations of several prompts, one batch; each row's tokens and counts are those it would have alone (but for
+    rounding), seconds are its share of the batch's.
+
+    drafters, gates: one for all rows, or one per row, where they know their text. seeds: per row; default 0 for all.
+    rooted: the last id of every prompt has been emitted already, and is the first root; so the first new token comes
+    from a step. Otherwise as `generate`.
+    """
+    rules = Rules() if rules is None else rules
+    if primer is not None and (len(prompts) > 1 or rooted):
+        raise ConfigError("primer: writes the K/V of one prompt; decode prompts one by one")
+    rows, device = [], base.lm_head_weight.device
+    forms: dict[int, Shape] = {}  # one for all drafters of a depth, so that their trees are known to be alike
+    seeds = [0] * len(prompts) if seeds is None else seeds
+    everybody = zip(prompts, _each(drafters, len(prompts)), _each(gates, len(prompts)), seeds, strict=True)
+    for b, (prompt, own, gate, seed) in enumerate(everybody):
+        _check(base, prompt, max_new_tokens, rooted)
+        _check_company(own, gate, primer)
+        depth = 0 if own is None else own.max_depth
+        form = forms[depth] = forms.get(depth) or _shape(own, shape, device)
+        chance = Chance(rules, seed, base.spec.max_positions, device)
+        stats = Stats(accepted_by_depth=[0] * form.depth, offered_by_depth=[0] * form.depth)
+        rows.append(Row(b, list(prompt), own or _RootAlone(), gate, form, chance, eos_ids, max_new_tokens, stats))
+    run = _Run(base, rows, rules, watch)
+    run.prefill(primer, rooted)
+    while run.rows:
+        run.step()
+    for row in rows:
+        row.stats.emitted = len(row.tokens)
+    return [Generation(row.tokens, row.stats, row.finish or "positions") for row in rows]
 
 
 class _Run:
-    """One sequence on its way: its K/V, what the drafter may look at, the statistics so far."""
+    """The rows that go on, and the base's K/V of them."""
 
-    watch: Watch | None = None
-
-    def __init__(
-        self, base: BaseView, drafter: Drafter, shape: TreeShape, copies: int, gate: Gate | None, chance: Chance
-    ) -> None:
-        device = base.lm_head_weight.device
-        self.gate, self.chance = gate, chance
-        self.base, self.drafter, self.device, self.copies = base, drafter, device, copies
-        self.shape = TreeShape(shape.parents_N.to(device), shape.depths_N.to(device), shape.ranks_N.to(device))
-        self.depth = shape.depth
-        self.plans = Plans(self.shape)
+    def __init__(self, base: BaseView, rows: list[Row], rules: Rules, watch: Watch | None) -> None:
+        self.base, self.rows, self.rules, self.watch = base, list(rows), rules, watch
+        self.device = base.lm_head_weight.device
+        self.plans = {id(row.shape): Plans(row.shape, self.device) for row in rows}
         self.kv = base.new_kv()
-        self.asked = Needs(drafter.needs.hidden, final=True, logits=drafter.needs.logits)
-        self.stats = Stats(accepted_by_depth=[0] * shape.depth, offered_by_depth=[0] * shape.depth)
-        self.clock = _clock(device)
+        needs = Needs(final=True)
+        for row in rows:
+            needs = needs | Needs(row.drafter.needs.hidden, logits=row.drafter.needs.logits)
+        self.asked = needs
+        self.clock = _clock(self.device)
         self.now = self.clock()
 
-    @property
-    def room(self) -> int:
-        """How many positions the base has below the root; negative if it has none for the root itself."""
-        return self.base.spec.max_positions - 1 - self.kv.length
-
-    def prefill(self, prompt: Sequence[int], primer: Primer | None) -> int:
-        """Read the prompt; the first token. lm_head runs on the last position only."""
-        tokens_BT = torch.tensor([list(prompt)] * self.copies, device=self.device)
-        if primer is not None and len(prompt) > 1:
+    def prefill(self, primer: Primer | None, rooted: bool) -> None:
+        """Read the prompts; the first roots. lm_head runs on last positions only, unless a drafter needs logits."""
+        texts = [row.prompt[:-1] if rooted else row.prompt for row in self.rows]
+        lengths = [len(text) for text in texts]
+        tokens_BT = torch.zeros(len(texts), max(lengths), dtype=torch.long)
+        for b, text in enumerate(texts):
+            tokens_BT[b, : len(text)] = torch.tensor(text)  # what stands to the right is never looked at
+        tokens_BT = tokens_BT.to(self.device)
+        skipped = 0
+        if primer is not None and lengths[0] > 1:
             self.kv = primer.prime(self.base, tokens_BT[:, :-1])
-            tokens_BT = tokens_BT[:, -1:]
+            tokens_BT, skipped = tokens_BT[:, -1:], lengths[0] - 1
         capture = self.base.capture(self.asked, tokens_BT, kv=self.kv)
-        last = capture.at(torch.tensor([tokens_BT.shape[1] - 1], device=self.device))
-        root = int(self.chance.choose(_logits(self.base, last), [len(prompt) - 1]))
-        told = (self.copies, self.gate, self.chance.temperature, self.chance.generator)
-        seen = _only(capture, self.drafter.needs)
-        self.state = State([*prompt, root], root, seen, self.shape, self.kv, None, *told)
+        for b, (row, length) in enumerate(zip(self.rows, lengths, strict=True)):
+            mine, read = capture.row(b), torch.arange(length - skipped, device=self.device)
+            if len(read) < tokens_BT.shape[1]:
+                mine = mine.at(read)
+            if rooted:
+                root = row.prompt[-1]
+            else:
+                root = int(row.chance.choose(_logits(self.base, mine.at(read[-1:]))[0], [length - 1]))
+            row.begin(root, length, only(mine, row.drafter.needs))
+            if row.drafter.needs.logits and mine.logits is not None:
+                row.state.read = (tokens_BT[b, : len(read)], mine.logits[0])
+            if not rooted:
+                row.emit([root])
         before, self.now = self.now, self.clock()
-        self.stats.prefill_seconds = self.now - before
-        return root
+        for row in self.rows:
+            row.stats.prefill_seconds = (self.now - before) / len(self.rows)
+        self._leave()
 
-    def step(self) -> list[int]:
-        """Draft, verify, keep; the emitted tokens, at least one."""
-        state, kv, stats, start = self.state, self.kv, self.stats, self.kv.length
-        if self.depth > self.room:
-            self.depth, state.shape = self.room, tree.cut(self.shape, self.room)
-        proposal = self.drafter.propose(self.base, state)
-        plan = self.plans.of(proposal.parents_N)
-        assert plan.depth <= self.depth, "a proposal must not be deeper than the shape"
-        entered = proposal.entered
-        proposal = Proposal(proposal.tokens_N.to(self.device), plan.parents_N, drawn_NV=proposal.drawn_NV)
+    def step(self) -> None:
+        """Draft, verify, keep, emit: all rows together."""
+        rows, kv, start = list(self.rows), self.kv, self.kv.length
+        proposals = self._drafted()
+        plans = [self.plans[id(r.shape)].of(p.parents_N) for r, p in zip(rows, proposals, strict=True)]
+        for row, plan in zip(rows, plans, strict=True):
+            assert plan.depth <= row.state.shape.depth, "a proposal must not be deeper than the shape"
+        tokens_BN = _stacked([p.tokens_N for p in proposals], self.device)
+        entered = self._entered(proposals, start)
+        positions_BN, mask_BNS = together(plans, [r.length for r in rows], start)
         drafted = self.clock()
         capture = self.base.capture(
-            self.asked,
-            proposal.tokens_N.expand(self.copies, -1),
-            positions_BQ=plan.depths_BN + start,
-            mask_BQS=None if plan.causal else plan.mask(start),
-            kv=kv,
-            entered=entered,
+            self.asked, tokens_BN, positions_BQ=positions_BN, mask_BQS=mask_BNS, kv=kv, entered=entered
         )
-        logits_NV = _logits(self.base, capture)
-        if proposal.drawn_NV is None:
-            best_N = self.chance.choose(logits_NV, [start + depth for depth in plan.depths])
-            verified = self.clock()
-            verdict = verify.greedy(proposal, best_N)
-        else:
-            verdict = verify.drawn(proposal, self.chance.of(logits_NV), self.chance.generator)
-            verified = self.clock()
-        root, *accepted = proposal.tokens_N.index_select(0, verdict.path_A).tolist()
-        assert root == state.root, "node 0 of a proposal must be the root"
-        seen = _only(capture, self.drafter.needs)
-        if len(verdict.path_A) < plan.nodes:
-            seen = seen.at(verdict.path_A)
-            if plan.causal:  # then the accepted slots already stand in front
-                kv.crop(start + len(verdict.path_A))
-            else:
-                kv.keep(start, verdict.path_A)
-        emitted = [*accepted, verdict.bonus]
-        state.tokens += emitted
-        state.root, state.seen = verdict.bonus, seen
-        stats.record(plan.depth, verdict.accepted)
-        if self.watch is not None:
-            self.watch(proposal, verdict)
+        verdicts, tokens = self._verdicts(proposals, plans, tokens_BN, _logits(self.base, capture))
+        verified = self.clock()
+        paths = [v.path_A.tolist() for v in verdicts]
+        self._keep(start, plans, paths)
+        ended = False
+        for b, (row, plan, verdict) in enumerate(zip(rows, plans, verdicts, strict=True)):
+            assert tokens[b][0] == row.state.root, "node 0 of a proposal must be the root"
+            mine = capture if len(rows) == 1 else capture.row(b)
+            if row.drafter.needs.logits and mine.logits is not None:
+                row.state.read = (tokens_BN[b, : plan.nodes], mine.logits[0, : plan.nodes])
+            seen = only(mine, row.drafter.needs)
+            row.state.seen = seen if len(paths[b]) == positions_BN.shape[1] else seen.at(verdict.path_A.to(self.device))
+            row.emit(row.advance(paths[b], tokens[b], verdict, plan.depth))
+            ended = ended or row.finish is not None or row.room(self.base) < 0
+            if self.watch is not None:
+                self.watch(proposals[b], verdict)
+        if ended:
+            self._leave()
         before, self.now = self.now, self.clock()
-        stats.draft_seconds += drafted - before
-        stats.verify_seconds += verified - drafted
-        stats.other_seconds += self.now - verified
-        return emitted
+        parts = (drafted - before, verified - drafted, self.now - verified)
+        for row in rows:
+            row.stats.spend(*(part / len(rows) for part in parts))
+
+    def _drafted(self) -> list[Proposal]:
+        """Every row's proposal. Drafters that run the base's blocks find the row's own K/V in their state."""
+        rows, alone = self.rows, len(self.rows) == 1
+        running = [row.shape.drafted for row in rows if not alone and row.drafter.runs_base]
+        if running:
+            self.kv.reserve(self.kv.length + max(running))
+        for b, row in enumerate(rows):
+            row.state.kv = self.kv if alone else self.kv.row(b, row.length) if row.drafter.runs_base else None
+        return [row.propose(self.base) for row in rows]
+
+    def _entered(self, proposals: list[Proposal], start: int) -> tuple[int, Tensor] | None:
+        """Where blocks have run for the proposals: their states, and their slots among the batch's. Rows that left
+        the base at different blocks, or did not run it, begin again at the embedding."""
+        entered = [p.entered for p in proposals]
+        if len(entered) == 1:
+            return entered[0]
+        told = [e for e in entered if e is not None]
+        if len({e[0] for e in told}) != 1 or len(told) < len(entered):
+            return None
+        layer = told[0][0]
+        for b, (row, (_, hidden)) in enumerate(zip(self.rows, told, strict=True)):
+            self.kv.adopt(b, row.length, start, hidden.shape[1])
+        nodes = max(h.shape[1] for _, h in told)
+        self.kv.lengthen(layer, start + nodes)
+        return layer, torch.cat([F.pad(h, (0, 0, 0, nodes - h.shape[1])) for _, h in told])
+
+    def _verdicts(
+        self, proposals: list[Proposal], plans: list[Plan], tokens_BN: Tensor, logits_BNV: Tensor
+    ) -> tuple[list[Verdict], list[list[int]]]:
+        """What of each is kept, and the tokens of all nodes; of a greedy text with one wait for the device."""
+        found = []
+        if self.rules.greedy:
+            told = torch.stack([tokens_BN, logits_BNV.max(-1).indices]).cpu()
+            for b, plan in enumerate(plans):
+                mine = Proposal(told[0, b, : plan.nodes], plan.parents_N)
+                found.append(verify.greedy(mine, told[1, b, : plan.nodes]))
+            return found, told[0].tolist()
+        for b, (row, plan, proposal) in enumerate(zip(self.rows, plans, proposals, strict=True)):
+            mine = Proposal(tokens_BN[b, : plan.nodes], plan.parents_N, drawn_NV=proposal.drawn_NV)
+            positions = [row.length + depth for depth in plan.depths]
+            found.append(row.chance.verdict(mine, logits_BNV[b, : plan.nodes], positions))
+        return found, tokens_BN.tolist()
+
+    def _keep(self, start: int, plans: list[Plan], paths: list[list[int]]) -> None:
+        """The K/V of what was kept, at the end of each row's own text."""
+        if len(paths) > 1:
+            self.kv.keep_rows(start, [row.length for row in self.rows], paths)
+        elif plans[0].causal:  # then the accepted slots already stand in front
+            self.kv.crop(start + len(paths[0]))
+        elif len(paths[0]) < plans[0].nodes:
+            self.kv.keep(start, torch.tensor(paths[0], device=self.device))
+
+    def _leave(self) -> None:
+        """Rows that have ended, out of the batch."""
+        for b in reversed(range(len(self.rows))):
+            if self.rows[b].finish is None and self.rows[b].room(self.base) >= 0:
+                continue
+            if len(self.rows) > 1:
+                self.kv.leave(b)
+                self.rows[b] = self.rows[-1]
+            self.rows.pop()
+        if self.rows:
+            self.kv.crop(max(row.length for row in self.rows))
 
 
 class _RootAlone:
@@ -189,31 +291,44 @@ class _RootAlone:
     needs = Needs()
     max_depth = 0
     gated = True  # there is nothing to stop
+    runs_base = False
 
     def propose(self, base: BaseView, state: State) -> Proposal:
-        return Proposal(torch.tensor([state.root]), state.shape.parents_N)
+        return Proposal(torch.tensor([state.root]), state.shape.parents_N)  # type: ignore[attr-defined]
 
 
-def _shape(drafter: Drafter | None, shape: TreeShape | None) -> TreeShape:
-    if drafter is None:
-        return tree.chain(0)
-    if shape is None:
-        return tree.chain(drafter.max_depth)
+def _each(given: T | Sequence[T] | None, count: int) -> Sequence[T | None]:
+    """One per row."""
+    return given if isinstance(given, Sequence) else [given] * count
+
+
+def _stacked(tokens: list[Tensor], device: torch.device) -> Tensor:
+    """[B, N]; shorter rows are filled up with their root."""
+    if len(tokens) == 1:
+        return tokens[0].to(device)[None]
+    nodes = max(map(len, tokens))
+    filled = [torch.cat([t, t[:1].expand(nodes - len(t))]) if len(t) < nodes else t for t in tokens]
+    return torch.stack(filled).to(device)
+
+
+def _shape(drafter: Drafter | None, shape: Shape | None, device: torch.device) -> Shape:
+    if drafter is None or shape is None:
+        return tree.chain(0 if drafter is None else drafter.max_depth).to(device)
     if shape.depth > drafter.max_depth:
         raise ConfigError(
             f"decoding.depth: the tree is {shape.depth} deep and the drafter goes to {drafter.max_depth}; "
             "give a shallower tree"
         )
-    return shape
+    return shape.to(device) if isinstance(shape, TreeShape) else shape
 
 
-def _check(base: BaseView, prompt: Sequence[int], max_new_tokens: int, temperature: float) -> None:
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature={temperature}: give 0 for greedy decoding, or a positive number")
+def _check(base: BaseView, prompt: Sequence[int], max_new_tokens: int, rooted: bool) -> None:
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: {max_new_tokens}; give at least 1")
-    if not 0 < len(prompt) <= base.spec.max_positions:
-        raise ConfigError(f"prompt: {len(prompt)} tokens; give 1 to {base.spec.max_positions}, the base's positions")
+    least = 2 if rooted else 1
+    if not least <= len(prompt) <= base.spec.max_positions:
+        limit = base.spec.max_positions
+        raise ConfigError(f"prompt: {len(prompt)} tokens; give {least} to {limit}, the base's positions")
     if min(prompt) < 0 or max(prompt) >= base.spec.vocab_size:
         raise ConfigError(f"prompt: ids {min(prompt)}..{max(prompt)}; the base's are 0..{base.spec.vocab_size - 1}")
 
@@ -229,50 +344,11 @@ def _check_company(drafter: Drafter | None, gate: Gate | None, primer: Primer | 
 
 
 def _logits(base: BaseView, capture: Capture) -> Tensor:
-    """[N, V] after each position; of equal rows the first one's."""
+    """[B, N, V] after each position."""
     if capture.logits is not None:
-        return capture.logits[0]
+        return capture.logits
     assert capture.final is not None
-    return base.lm_head(capture.final)[0]
-
-
-class Chance:
-    """How the base's tokens come out of its logits: the best ones, or drawn with a uniform number per position."""
-
-    def __init__(self, base: BaseView, temperature: float, seed: int) -> None:
-        self.temperature = temperature
-        self.generator = torch.Generator().manual_seed(seed) if temperature else None
-        if temperature:
-            uniform_T = torch.rand(base.spec.max_positions, generator=self.generator, dtype=torch.float64)
-            self._uniform_T = uniform_T.to(base.lm_head_weight.device)
-
-    def of(self, logits_NV: Tensor) -> Tensor:
-        """The distributions, fp64."""
-        return (logits_NV.double() / self.temperature).softmax(-1)
-
-    def choose(self, logits_NV: Tensor, positions: list[int]) -> Tensor:
-        """The base's token after each position [N]: the lowest id of equal logits, or the one at which the cumulative
-        distribution passes the position's number. (On a CPU, argmax gives the same as max but takes four times as
-        long in bf16.)"""
-        if not self.temperature:
-            return logits_NV.max(-1).indices
-        return draw(self.of(logits_NV), self._uniform_T[positions])
-
-
-def _only(capture: Capture, needs: Needs) -> Capture:
-    """The drafter sees what it asked for; `final` may have been captured for us alone."""
-    return Capture(capture.hidden, capture.final if needs.final else None, capture.logits)
-
-
-def _cut(have: list[int], new: list[int], eos_ids: frozenset[int], limit: int) -> tuple[list[int], str | None]:
-    """`have` and the new tokens up to the first end of text or the limit, and whether that ends the run."""
-    for token in new:
-        have.append(token)
-        if token in eos_ids:
-            return have, "eos"
-        if len(have) == limit:
-            return have, "length"
-    return have, None
+    return base.lm_head(capture.final)
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

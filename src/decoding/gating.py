@@ -129,7 +129,7 @@ class Trial:
         share of the gap between the best fixed length and the oracle that the gate recovers, and its regret, 1 - its
         speed / the oracle's. Sampled text has no oracle."""
         contenders = {**self.fixed(), GATE: self.contender(always(gate))}
-        if not self.how["temperature"]:
+        if self.how["rules"].greedy:
             contenders[ORACLE] = self.contender(lambda p, a: Oracle([*p, *a]))
         results = measure.measure(self.base, prompts, contenders, {}, **self.how)
         plain = results.pop("autoregressive")

@@ -15,10 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from draftsmith.contracts import BaseView
-from draftsmith.decoding.engine import generate
+from draftsmith.decoding.engine import Generation, decode, generate
 from draftsmith.decoding.lossless import Lossless, compare
+from draftsmith.decoding.rules import Rules
 from draftsmith.decoding.stats import Stats
-from draftsmith.roles import Drafter, Gate, TreeShape
+from draftsmith.growth import Shape
+from draftsmith.roles import Drafter, Gate
 
 PAST = 16  # tokens of the base's text beyond the cut that an oracle may draft from
 
@@ -33,17 +35,22 @@ class Contender:
     """gate: of this prompt, where there is one."""
 
     make: Make
-    shape: TreeShape | None = None
+    shape: Shape | None = None
     gate: MakeGate | None = None
 
 
 @dataclass
 class Result:
-    """One contender over all prompts. tokens: per prompt. seconds: sum over prompts of the median time."""
+    """One contender over all prompts. tokens, each: per prompt. seconds: sum over batches of the median time; in the
+    stats, the counts of one pass and the seconds of all."""
 
     tokens: list[list[int]] = field(default_factory=list)
-    stats: Stats = field(default_factory=Stats)
+    each: list[Stats] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def stats(self) -> Stats:
+        return sum(self.each, Stats())
 
     @property
     def tokens_per_second(self) -> float:
@@ -59,57 +66,82 @@ def measure(
     max_new_tokens: int,
     eos_ids: frozenset[int],
     repeats: int,
-    temperature: float = 0.0,
+    rules: Rules | None = None,
     seed: int = 0,
-    copies: int = 1,
+    batch_size: int = 1,
 ) -> dict[str, Result]:
     """Results of "autoregressive" (our engine without a drafter), the contenders and the outside generators.
 
-    copies: our engine decodes so many equal rows together; tokens and counts are one row's, seconds those of all.
-    Equal rows end together and accept alike, so this is the most that a batch of this size can gain: in a ragged
-    one, rows wait for each other.
-
-    Timing parts in a result's stats are sums over all repeats; counts are those of one pass.
+    batch_size: so many prompts are decoded together, by everybody but the outside generators.
     """
     results = {name: Result() for name in ("autoregressive", *contenders, *outside)}
-
-    def decode(prompt: Sequence[int], contender: Contender | None, reference: Sequence[int]) -> Any:
-        drafter = contender.make(prompt, reference) if contender else None
-        shape = contender.shape if contender and drafter else None
-        gate = contender.gate(prompt, reference) if contender and contender.gate else None
-        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
-        text: dict[str, Any] = {"temperature": temperature, "seed": seed}
-        return generate(base, prompt, drafter=drafter, shape=shape, gate=gate, copies=copies, **limits, **text)
-
+    limits: dict[str, Any] = {"eos_ids": eos_ids, "rules": rules or Rules()}
     names = list(results)
-    for number, prompt in enumerate(prompts):
-        reference: list[int] = decode(prompt, None, []).tokens
-        if number == 0:  # everybody's first call warms up untimed
+
+    def run(name: str, batch: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> list[tuple[list[int], Stats]]:
+        if name in outside:
+            return [(outside[name](prompt), Stats()) for prompt in batch]
+        out = decoded(base, batch, contenders.get(name), texts, max_new_tokens, seed, **limits)
+        return [(g.tokens, g.stats) for g in out]
+
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        texts = _references(base, batch, max_new_tokens, seed, limits)
+        if first == 0:  # everybody's first call warms up untimed
             for name in names:
-                outside[name](prompt) if name in outside else decode(prompt, contenders.get(name), reference)
-        text = [*prompt, *reference]  # what an oracle needs at the end: some tokens past the cut
-        if not temperature and len(text) <= base.spec.max_positions:
-            reference = reference + generate(base, text, max_new_tokens=PAST).tokens
+                run(name, batch, texts)
         times: dict[str, list[float]] = {name: [] for name in results}
         for again in range(repeats):
-            turn = (number + again) % len(names)  # nobody always follows the same one
+            turn = (first // batch_size + again) % len(names)  # nobody always follows the same one
             for name in names[turn:] + names[:turn]:
-                result = results[name]
                 began = time.perf_counter()
-                if name in outside:
-                    tokens, stats = outside[name](prompt), Stats()
-                else:
-                    out = decode(prompt, contenders.get(name), reference)
-                    tokens, stats = out.tokens, out.stats
+                out = run(name, batch, texts)
                 times[name].append(time.perf_counter() - began)
+                result = results[name]
                 if again == 0:
-                    result.tokens.append(tokens)
-                    result.stats += stats
+                    result.tokens += [tokens for tokens, _ in out]
+                    result.each += [stats for _, stats in out]
                 else:
-                    result.stats = _with_time_of(result.stats, stats)
+                    for b, (_, stats) in enumerate(out):
+                        result.each[first + b] = _with_time_of(result.each[first + b], stats)
         for name, result in results.items():
             result.seconds += statistics.median(times[name])
     return results
+
+
+def decoded(
+    base: BaseView,
+    batch: Sequence[Sequence[int]],
+    contender: Contender | None,
+    texts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    seed: int,
+    **limits: Any,
+) -> list[Generation]:
+    """The batch by this contender; texts: the base's own continuations, for whoever is told them."""
+    told: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seeds": [seed] * len(batch), **limits}
+    if contender is None:
+        return decode(base, batch, **told)
+    drafters = [contender.make(prompt, text) for prompt, text in zip(batch, texts, strict=True)]
+    if drafters[0] is None:
+        return decode(base, batch, **told)
+    gate = contender.gate
+    gates = None if gate is None else [gate(prompt, text) for prompt, text in zip(batch, texts, strict=True)]
+    return decode(base, batch, drafters=drafters, gates=gates, shape=contender.shape, **told)  # type: ignore[arg-type]
+
+
+def _references(
+    base: BaseView, batch: Sequence[Sequence[int]], max_new_tokens: int, seed: int, limits: dict[str, Any]
+) -> list[list[int]]:
+    """The base's own continuations; of greedy ones what an oracle needs at the end too: some tokens past the cut."""
+    found = [g.tokens for g in decoded(base, batch, None, [], max_new_tokens, seed, **limits)]
+    if not limits["rules"].greedy:
+        return found
+    for b, prompt in enumerate(batch):
+        text = [*prompt, *found[b]]
+        if len(text) <= base.spec.max_positions:
+            found[b] = found[b] + generate(base, text, max_new_tokens=PAST).tokens
+    return found
 
 
 def lossless(
@@ -133,11 +165,7 @@ def lossless(
         ) -> Sequence[int]:
             if len(prefix) == len(prompt):
                 return first
-            gate = contender.gate(prefix, []) if contender.gate else None
-            told: dict[str, Any] = {"max_new_tokens": limit, "eos_ids": eos_ids}
-            return generate(
-                base, prefix, drafter=contender.make(prefix, []), shape=contender.shape, gate=gate, **told
-            ).tokens
+            return decoded(base, [prefix], contender, [[]], limit, 0, eos_ids=eos_ids, rules=Rules())[0].tokens
 
         total += compare(prompt, reference, decode, rescore, max_new_tokens=max_new_tokens)
     return total

@@ -7,52 +7,49 @@ returns is evaluation.json.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor
 
 from draftsmith.contracts import BaseView
-from draftsmith.decoding import measure
-from draftsmith.decoding.drafters.oracle import Oracle, OracleConfig
-from draftsmith.decoding.drafters.prompt_lookup import PromptLookup, PromptLookupConfig
+from draftsmith.decoding import breakdown, measure
+from draftsmith.decoding.company import BaselinesConfig, always, beside
 from draftsmith.decoding.measure import Contender, MakeGate, Result
-from draftsmith.decoding.tree import TreeConfig, chain
+from draftsmith.decoding.rules import Rules
+from draftsmith.decoding.tree import TreeConfig, TreeSpec
 from draftsmith.errors import ConfigError
+from draftsmith.growth import Warp
 from draftsmith.roles import Drafter
 
 HF = "hf_generate"
 PLAIN = "autoregressive"
-COMPANY = ("prompt_lookup", "draft_model", "oracle")
 
 
 @dataclass(frozen=True)
 class DecodingConfig(TreeConfig):
-    """temperature 0 is greedy. seed: of the sampling."""
+    """temperature 0 is greedy; the rest as Rules and TreeConfig say. seed: of the sampling."""
 
     temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    drafts: str | None = None
+    accept: str = "exact"
+    epsilon: float = 0.09
+    delta: float = 0.3
     seed: int = 0
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature={self.temperature}: give 0 for greedy decoding, or a positive number")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens}: give at least 1")
+        assert self.rules
 
-
-@dataclass(frozen=True)
-class BaselinesConfig:
-    """The company. oracle_depth: null = as deep as the deepest head. draft_depth: of the companion as a draft model."""
-
-    prompt_lookup: PromptLookupConfig = field(default_factory=PromptLookupConfig)
-    oracle_depth: int | None = None
-    draft_depth: int = 4
-
-    def __post_init__(self) -> None:
-        if self.draft_depth < 1:
-            raise ConfigError(f"draft_depth={self.draft_depth}: give at least 1 drafted token")
+    @property
+    def rules(self) -> Rules:
+        warp = Warp(self.temperature, self.top_k, self.top_p)
+        return Rules(warp, cast(Any, self.drafts), cast(Any, self.accept), self.epsilon, self.delta)
 
 
 @dataclass
@@ -77,18 +74,33 @@ class Referee:
         """What every measurement here has in common."""
         d = self.decoding
         limits = {"max_new_tokens": d.max_new_tokens, "eos_ids": self.eos_ids, "repeats": self.repeats}
-        return {**limits, "temperature": d.temperature, "seed": d.seed}
+        return {**limits, "rules": d.rules, "seed": d.seed}
 
-    def contender(self, drafter: Drafter, depth: int | None = None, gate: MakeGate | None = None) -> Contender:
-        """The drafter with the decoding's tree, at most `depth` deep."""
+    def contender(
+        self,
+        drafter: Drafter,
+        depth: int | None = None,
+        gate: MakeGate | None = None,
+        tuned: TreeSpec | None = None,
+    ) -> Contender:
+        """The drafter with the decoding's tree, at most `depth` deep. tuned: the tree that was found best for it."""
         reach = drafter.max_depth if depth is None else min(depth, drafter.max_depth)
-        return Contender(always(drafter), self.decoding.shape(reach), gate)
+        return Contender(always(drafter), self.decoding.shape(reach, tuned), gate)
 
-    def evaluate(self, own: Mapping[str, Contender], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """The parts autoregressive, hf_generate, baselines and heads of evaluation.json. Sampled text is compared with
-        nobody's: Hugging Face's generate draws other numbers, and so does a draft model."""
-        greedy = not self.decoding.temperature
-        company = self._company(own)
+    def evaluate(
+        self,
+        own: Mapping[str, Contender],
+        prompts: Sequence[Sequence[int]],
+        labels: Sequence[tuple[str, int]] | None = None,
+    ) -> dict[str, Any]:
+        """The parts autoregressive, hf_generate, baselines and heads of evaluation.json. labels: of every prompt, the
+        source and the turn it is reported under. Sampled text is compared with plain decoding where its drafts were
+        chosen, never with Hugging Face's generate, which draws other numbers."""
+        deepest = max((c.shape.depth for c in own.values() if c.shape), default=4)
+        shape, greedy = self.decoding.shape, self.decoding.rules.greedy
+        company, chosen = beside(
+            self.base, self.baselines, shape, prompts, deepest if greedy else None, self.draft_model
+        )
         outside = {HF: self.hugging_face} if greedy else {}
         results = measure.measure(self.base, prompts, {**own, **company}, outside, **self.how)
         plain = results[PLAIN]
@@ -98,51 +110,48 @@ class Referee:
             assert contender.shape is not None
             heads[name] = {
                 **self._described(results[name], plain),
-                "tree": {"nodes": len(contender.shape.parents_N), "depth": contender.shape.depth},
+                **self._broken_down(results[name], prompts, labels),
+                "tree": {"nodes": contender.shape.nodes, "depth": contender.shape.depth},
                 "lossless": self._proof(name, contender, prompts, results, (PLAIN, HF)) if greedy else None,
                 "by_batch": {str(size): told[name] for size, told in by_batch.items()},
             }
-        told = {
+        told: dict[str, Any] = {
             "autoregressive": {
                 "tokens_per_second": plain.tokens_per_second,
                 "tokens": sum(map(len, plain.tokens)),
                 "distinct_4": measure.distinct(plain.tokens),
             },
-            "baselines": {name: self._described(results[name], plain) for name in company},
+            "baselines": {name: {**self._described(results[name], plain), **chosen.get(name, {})} for name in company},
             "heads": heads,
         }
         if greedy:
+            for name, contender in company.items():
+                told["baselines"][name]["lossless"] = self._proof(name, contender, prompts, results, (PLAIN,))
             proof = self._proof(PLAIN, Contender(lambda prompt, answer: None), prompts, results, (HF,))
             told[HF] = {"tokens_per_second": results[HF].tokens_per_second, "lossless": proof}
         return told
 
-    def _company(self, own: Mapping[str, Contender]) -> dict[str, Contender]:
-        """Prompt look-up, the companion as a draft model, and who was told the text (of a greedy one)."""
-        deepest = max((c.shape.depth for c in own.values() if c.shape), default=4)
-        oracle = OracleConfig(self.baselines.oracle_depth or deepest)
-        company = {"prompt_lookup": Contender(always(PromptLookup(self.baselines.prompt_lookup)))}
-        if self.draft_model is not None:
-            company["draft_model"] = Contender(always(self.draft_model), chain(self.baselines.draft_depth))
-        if not self.decoding.temperature:
-            company["oracle"] = Contender(lambda prompt, answer: Oracle(oracle, [*prompt, *answer]))
-        return company
-
     def _by_batch(
         self, own: Mapping[str, Contender], prompts: Sequence[Sequence[int]]
     ) -> dict[int, dict[str, dict[str, Any]]]:
-        """Batch size -> head -> what it gains over plain decoding of as many rows. The rows of a batch are equal,
-        which excludes raggedness: this is the upper bound of a batch."""
-        found = {}
+        """Batch size -> head -> what it gains over plain decoding of the same batches, whose rows differ in length,
+        accept differently and end when they end."""
+        found: dict[int, dict[str, dict[str, Any]]] = {}
+        some = prompts[: self.batch_prompts]
+        alone = None
         for size in sorted({n for n in self.batch_sizes if n > 1}):
-            results = measure.measure(
-                self.base,
-                prompts[: self.batch_prompts],
-                own,
-                {},
-                copies=size,
-                **self.how,
-            )
-            found[size] = {name: self._gain(results[name], results[PLAIN]) for name in own}
+            if alone is None:
+                alone = measure.measure(self.base, some, own, {}, **{**self.how, "repeats": 1})
+            results = measure.measure(self.base, some, own, {}, batch_size=size, **self.how)
+            found[size] = {}
+            for name in own:
+                pairs = zip(results[name].tokens, alone[name].tokens, strict=True)
+                found[size][name] = {
+                    **self._gain(results[name], results[PLAIN]),
+                    "tokens_per_step": results[name].stats.tokens_per_step,
+                    "prompts": len(some),
+                    "same_text_as_alone": sum(one == other for one, other in pairs),
+                }
         return found
 
     def _gain(self, own: Result, plain: Result) -> dict[str, Any]:
@@ -151,15 +160,31 @@ class Referee:
         return {"speedup": speedup, "predicted_speedup": terms.get("predicted_speedup"), "terms": terms}
 
     def _described(self, own: Result, plain: Result) -> dict[str, Any]:
-        return {
-            "tokens_per_step": own.stats.tokens_per_step,
-            "accepted_drafts_per_step": own.stats.accepted_drafts_per_step,
-            "acceptance_by_depth": own.stats.acceptance_by_depth,
-            "steps": own.stats.steps,
+        stats = own.stats
+        told = {
+            "tokens_per_step": stats.tokens_per_step,
+            "tokens_per_step_interval": breakdown.interval(own.each),
+            "accepted_drafts_per_step": stats.accepted_drafts_per_step,
+            "acceptance_by_depth": stats.acceptance_by_depth,
+            "steps": stats.steps,
             "tokens_per_second": own.tokens_per_second,
             "speedup": own.tokens_per_second / plain.tokens_per_second,
-            "terms": measure.terms(own.stats, plain.stats, self.repeats),
+            "terms": measure.terms(stats, plain.stats, self.repeats),
+            "time": breakdown.split(stats),
         }
+        if not self.decoding.rules.greedy:
+            told["same_text_as_plain"] = sum(a == b for a, b in zip(own.tokens, plain.tokens, strict=True))
+            told["lossy"] = self.decoding.rules.lossy
+        return told
+
+    def _broken_down(
+        self, own: Result, prompts: Sequence[Sequence[int]], labels: Sequence[tuple[str, int]] | None
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {"by_context": breakdown.by_context(own.each, [len(p) for p in prompts])}
+        if labels is not None:
+            found["by_source"] = breakdown.grouped(own.each, [source for source, _ in labels])
+            found["by_turn"] = breakdown.grouped(own.each, [turn for _, turn in labels])
+        return found
 
     def _proof(
         self,
@@ -185,7 +210,3 @@ class Referee:
         ]
         worst = max(compared, key=lambda c: (c.mismatches, c.near_ties))
         return {**vars(worst), "ok": all(c.ok for c in compared), "against": list(against)}
-
-
-def always(drafter: Drafter) -> measure.Make:
-    return lambda prompt, answer: drafter

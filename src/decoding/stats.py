@@ -23,6 +23,7 @@ class Stats:
 
     accepted_by_depth: steps in which a drafted token of this depth was accepted.
     offered_by_depth: steps whose proposal had at least one token of this depth, reachable or not.
+    kept: of every step, in order, how many drafted tokens were accepted.
     Seconds: prefill; drafting; the verification forward with lm_head and argmax; everything else of a step.
     """
 
@@ -30,6 +31,7 @@ class Stats:
     emitted: int = 0
     accepted_by_depth: list[int] = field(default_factory=list)
     offered_by_depth: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -38,6 +40,7 @@ class Stats:
     def record(self, offered: int, accepted: int) -> None:
         """Count one step whose proposal was `offered` deep and of which `accepted` tokens were kept."""
         self.steps += 1
+        self.kept.append(accepted)
         while len(self.offered_by_depth) < offered:
             self.offered_by_depth.append(0)
             self.accepted_by_depth.append(0)
@@ -46,8 +49,15 @@ class Stats:
         for depth in range(accepted):
             self.accepted_by_depth[depth] += 1
 
+    def spend(self, draft: float, verify: float, other: float) -> None:
+        """Seconds of one step."""
+        self.draft_seconds += draft
+        self.verify_seconds += verify
+        self.other_seconds += other
+
     def __add__(self, other: Stats) -> Stats:
-        return Stats(**{name: _sum(mine, vars(other)[name]) for name, mine in vars(self).items()})
+        sums = {name: _sum(mine, vars(other)[name]) for name, mine in vars(self).items() if name != "kept"}
+        return Stats(**sums, kept=self.kept + other.kept)
 
     @property
     def accepted(self) -> int:

@@ -1,4 +1,4 @@
-"""The tree a drafter fills: where it comes from and who sees whom in it. Pure functions.
+"""The tree a drafter fills: where it comes from, and who sees whom in it. Pure functions.
 
 A static tree is a list of rank paths: [0, 2] is the third best token of depth 2 below the best one of
 depth 1. Nodes are ordered by (length, lexicographic), the root first, so a parent stands before its children
@@ -15,14 +15,17 @@ and its ancestor mask lets node 3 see 0, 1 and 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from draftsmith.decoding.policies.beam import Beam
+from draftsmith.decoding.policies.by_probability import ByProbability
+from draftsmith.decoding.policies.dyspec import DySpec
 from draftsmith.errors import ConfigError
-from draftsmith.roles import TreeShape
+from draftsmith.growth import Shape, TreeShape
 
 
 def from_paths(paths: Sequence[Sequence[int]]) -> TreeShape:
@@ -60,61 +63,91 @@ def by_widths(widths: Sequence[int]) -> TreeShape:
     return from_paths([p for k in range(len(widths)) for p in product(*map(range, widths[: k + 1]))])
 
 
-def cut(shape: TreeShape, depth: int) -> TreeShape:
-    """The tree without what lies deeper than `depth`."""
-    keep_N = shape.depths_N <= depth
-    parents_N = shape.parents_N[keep_N]
-    parents_N[1:] = (keep_N.cumsum(0) - 1)[parents_N[1:]]  # whole depths go, so a kept node's parent is kept
-    return TreeShape(parents_N, shape.depths_N[keep_N], shape.ranks_N[keep_N])
+KINDS = ("auto", "chain", "static", "eagle2", "dyspec", "beam")
+
+
+@dataclass(frozen=True)
+class TreeSpec:
+    """What a drafter is to fill. kind: auto (what draftsmith tune found for the head, else a chain), chain, static
+    (`paths`), eagle2 (`nodes` likeliest of `top_k` per depth), dyspec (`nodes` likeliest to be tried), beam (`width`
+    per depth). depth: null = as deep as the drafter goes; nodes count the root."""
+
+    kind: str = "auto"
+    depth: int | None = None
+    paths: list[list[int]] | None = None
+    nodes: int = 60
+    top_k: int = 10
+    width: int = 4
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"decoding.tree.kind='{self.kind}': choose {', '.join(KINDS)}")
+        if (self.kind == "static") != (self.paths is not None):
+            raise ConfigError("decoding.tree.paths: rank paths belong to kind=static, and it needs them")
+        if self.depth is not None and self.depth < 0:
+            raise ConfigError(f"decoding.depth: {self.depth} is negative; give the number of drafted tokens per step")
+        for key, least in (("nodes", 2), ("top_k", 1), ("width", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"decoding.tree.{key}={getattr(self, key)}: give at least {least}")
+        self.shape(1)
+
+    def shape(self, max_depth: int) -> Shape:
+        """For a drafter that goes `max_depth` deep; a static tree is cut there."""
+        depth = max_depth if self.depth is None else self.depth
+        if self.paths is not None:
+            return from_paths(self.paths).cut(min(depth, max_depth))
+        if self.kind == "eagle2":
+            return ByProbability(self.nodes, depth, self.top_k)
+        if self.kind == "dyspec":
+            return DySpec(self.nodes, depth, self.top_k)
+        return Beam(self.width, depth) if self.kind == "beam" else chain(depth)
 
 
 @dataclass(frozen=True)
 class TreeConfig:
-    """`depth` drafts a chain, `paths` a static tree of rank paths; with neither, a chain as deep as the
-    drafter goes."""
+    """`depth` drafts a chain, `paths` a static tree of rank paths, `tree` any other; with none of them, a chain as
+    deep as the drafter goes, or what was found best for it."""
 
     depth: int | None = None
     paths: list[list[int]] | None = None
+    tree: TreeSpec = field(default_factory=TreeSpec)
 
     def __post_init__(self) -> None:
-        if self.depth is not None and self.paths is not None:
-            raise ConfigError("decoding.depth: a tree is given by decoding.paths too; set only one of them")
+        given = [self.depth is not None, self.paths is not None, self.tree.kind != "auto"]
+        if sum(given) > 1:
+            raise ConfigError("decoding.depth: a tree is given by decoding.paths or tree too; set only one of them")
         self.shape(1)
 
-    def shape(self, max_depth: int) -> TreeShape:
-        """The tree for a drafter that goes `max_depth` deep."""
+    def shape(self, max_depth: int, tuned: TreeSpec | None = None) -> Shape:
+        """The tree for a drafter that goes `max_depth` deep. tuned: what was found best for it."""
         if self.paths is not None:
             return from_paths(self.paths)
-        return chain(max_depth if self.depth is None else self.depth)
-
-
-def depths(parents_N: Tensor) -> Tensor:
-    """How far below the root each node lies [N]."""
-    return torch.tensor(_depths(parents_N), device=parents_N.device)
-
-
-def _depths(parents_N: Tensor) -> list[int]:
-    root, *parents = parents_N.tolist()
-    assert root == -1, "node 0 of a proposal is its root, with parent -1"
-    found = [0]
-    for node, parent in enumerate(parents, start=1):
-        assert 0 <= parent < node, f"node {node} stands before its parent {parent}"
-        found.append(found[parent] + 1)
-    return found
-
-
-def is_chain(parents_N: Tensor) -> bool:
-    """Whether every node is the child of the one before it, so that the plain causal mask serves."""
-    return parents_N.tolist() == list(range(-1, len(parents_N) - 1))
+        if self.depth is not None:
+            return chain(self.depth)
+        return (tuned if tuned is not None and self.tree.kind == "auto" else self.tree).shape(max_depth)
 
 
 def ancestor_mask(parents_N: Tensor) -> Tensor:
     """[N, N] bool: row n is True at n itself and at its ancestors, the root included."""
-    count, deepest = len(parents_N), max(_depths(parents_N))
+    root, count = int(parents_N[0]), len(parents_N)
+    assert root == -1, "node 0 of a proposal is its root, with parent -1"
     node_N = torch.arange(count, device=parents_N.device)
-    above_N, up_N = node_N, parents_N.clamp(min=0)  # the root is its own parent here: everyone sees it
+    assert bool(((parents_N < node_N) & ((parents_N >= 0) | (node_N == 0))).all()), "a node stands before its parent"
+    above_N = parents_N.clamp(min=0)  # the root is its own parent here: everyone sees it
     mask_NN = torch.zeros(count, count, dtype=torch.bool, device=parents_N.device)
-    for _ in range(deepest + 1):
+    mask_NN[node_N, node_N] = True
+    mask_NN[node_N, above_N] = True
+    while bool(above_N.any()):  # once per depth
+        above_N = parents_N[above_N].clamp(min=0)
         mask_NN[node_N, above_N] = True
-        above_N = up_N[above_N]
     return mask_NN
+
+
+def depths(parents_N: Tensor) -> Tensor:
+    """How far below the root each node lies [N]."""
+    return ancestor_mask(parents_N).sum(1) - 1
+
+
+def is_chain(parents_N: Tensor) -> bool:
+    """Whether every node is the child of the one before it, so that the plain causal mask serves."""
+    return torch.equal(parents_N, torch.arange(-1, len(parents_N) - 1, device=parents_N.device))

@@ -37,10 +37,11 @@ from torch.nn import functional as F
 
 from draftsmith.contracts import BaseSpec, BaseView, Batch, Capture, Drafted, Head, LossOut, Needs
 from draftsmith.errors import ConfigError, DataError
+from draftsmith.growth import Level
 from draftsmith.heads.blocks import ResBlock, as_head
 from draftsmith.heads.draft_model import DraftModel
 from draftsmith.losses import acceptance_loss, bernoulli_kl
-from draftsmith.roles import Level, Partial, State
+from draftsmith.roles import Partial, State
 from draftsmith.targets import counted_targets, future_tokens
 
 JUDGED = 2**22  # of the base's logits held at a time

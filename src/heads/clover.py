@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
+from draftsmith.drafting import fill
 from draftsmith.errors import ConfigError
+from draftsmith.growth import Level
 from draftsmith.heads.blocks import DecoderLayer, ResBlock, as_head, project
-from draftsmith.heads.drafting import fill
 from draftsmith.losses import linear_cross_entropy
-from draftsmith.roles import Level, Proposal, State
+from draftsmith.roles import Proposal, State
 from draftsmith.targets import counted_targets, future_tokens
 
 

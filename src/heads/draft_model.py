@@ -16,20 +16,22 @@ import torch
 from torch import Tensor
 
 from draftsmith.contracts import BaseView, Batch, Capture, Drafted, Needs
+from draftsmith.drafting import Ancestors, fill
 from draftsmith.errors import ConfigError
-from draftsmith.heads.drafting import Ancestors, fill
-from draftsmith.roles import Level, Proposal, State
+from draftsmith.growth import Level
+from draftsmith.roles import Proposal, State
 from draftsmith.targets import counted_targets
 
 
 class DraftModel:
     """The companion as a drafter. It has the base's tokenizer; ids that the base lacks are never drafted.
 
-    Trees are filled with its best tokens; a drawn proposal is a chain.
+    Greedy texts take its best tokens; with a temperature it draws them, each node on its own, unless told otherwise.
     """
 
     lossy = False
     gated = True
+    runs_base = False
     needs = Needs()
     horizon = 1
 
@@ -69,7 +71,7 @@ class DraftModel:
 
         def read(tokens_A: Tensor, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
             where: dict[str, Any] = {"positions_BQ": positions, "mask_BQS": mask}
-            seen = companion.capture(Needs(final=True), tokens_A.expand(state.copies, -1), kv=kv, **where)
+            seen = companion.capture(Needs(final=True), tokens_A[None], kv=kv, **where)
             final_BAD = cast(Tensor, seen.final)
             return companion.lm_head(final_BAD)[0, :, :vocabulary], final_BAD[0]
 
@@ -84,6 +86,6 @@ class DraftModel:
 
         new_A = torch.tensor(new, device=device)
         logits_AV, final_AD = read(new_A, torch.arange(kv.length, past, device=device)[None], None)
-        proposal = fill(state, logits_AV[-1], final_AD[-1], deeper, draws=True)
+        proposal = fill(state, logits_AV[-1], final_AD[-1], deeper, draws="iid")
         kv.crop(past)
         return proposal

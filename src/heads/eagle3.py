@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Drafted, Head, LossOut, Needs
+from draftsmith.drafting import Ancestors, fill
 from draftsmith.errors import ConfigError
+from draftsmith.growth import Level
 from draftsmith.heads.blocks import MLP, Attention, as_head, final_norm_weight
-from draftsmith.heads.drafting import Ancestors, fill
 from draftsmith.losses import linear_cross_entropy, linear_soft_cross_entropy
-from draftsmith.roles import Level, Proposal, State
+from draftsmith.roles import Proposal, State
 from draftsmith.targets import Lessons, future_tokens, lessons
 
 Slots = list[tuple[Tensor, Tensor]]

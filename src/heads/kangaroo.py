@@ -19,18 +19,19 @@ In a tree, drafting goes on below a level while any node with children was draft
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Drafted, Head, LossOut, Needs
+from draftsmith.drafting import Ancestors, fill, with_entered
 from draftsmith.errors import ConfigError
+from draftsmith.growth import Level
 from draftsmith.heads.blocks import Attention, as_head, final_norm_weight, project
-from draftsmith.heads.drafting import Ancestors, fill
 from draftsmith.losses import linear_cross_entropy, linear_soft_cross_entropy
-from draftsmith.roles import Level, Partial, Proposal, State
+from draftsmith.roles import Partial, Proposal, State
 from draftsmith.targets import future_tokens, lessons
 
 
@@ -57,6 +58,7 @@ class Kangaroo(Head):
     Config = KangarooConfig
     role = "drafter"
     gated = True
+    runs_base = True
 
     def __init__(self, config: KangarooConfig, spec: BaseSpec) -> None:
         super().__init__(config, spec)
@@ -187,17 +189,15 @@ class Kangaroo(Head):
         kv, exit_layer = cast(KV, state.kv), self.exit_layer
         head_kv = state.head_kv = base.new_kv(1) if state.head_kv is None else state.head_kv
         seen_BAD, start = state.seen.hidden[exit_layer], kv.length
-        rows, accepted = seen_BAD.shape[:2]
+        accepted = seen_BAD.shape[1]
         tree, heard = Ancestors(seen_BAD.device), Ancestors(seen_BAD.device)
         entered, kept = [], head_kv.length + accepted
 
         def enter(tokens_C: Tensor, depth: int, mask: Tensor | None) -> Tensor:
             positions = torch.full((1, len(tokens_C)), start + depth, device=seen_BAD.device)
-            tokens_BC = tokens_C.expand(rows, -1)
             wanted = Needs(frozenset({exit_layer}))
-            entered.append(
-                base.capture(wanted, tokens_BC, positions_BQ=positions, mask_BQS=mask, kv=kv).hidden[exit_layer]
-            )
+            seen = base.capture(wanted, tokens_C[None], positions_BQ=positions, mask_BQS=mask, kv=kv)
+            entered.append(seen.hidden[exit_layer])
             return entered[-1]
 
         new_BQD = torch.cat([seen_BAD, enter(torch.tensor([state.root], device=seen_BAD.device), 0, None)], 1)
@@ -219,7 +219,7 @@ class Kangaroo(Head):
         own = self if self.config.threshold else None
         proposal = fill(state, logits_BQV[0, -1], adapted_BQD[0, -1], deeper, gate=own)
         head_kv.crop(kept)
-        return replace(proposal, entered=(exit_layer, torch.cat(entered, 1)))
+        return with_entered(proposal, exit_layer, torch.cat(entered, 1), kv, start)
 
     def stop(self, state: State, partial: Partial) -> bool:
         """Its own gate, where no other is given: no token to go on from is certain enough."""

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.contracts import BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
+from draftsmith.drafting import fill
 from draftsmith.errors import ConfigError
+from draftsmith.growth import Level
 from draftsmith.heads.blocks import ResBlock, as_head
 from draftsmith.losses import linear_cross_entropy
 from draftsmith.roles import Proposal, State
@@ -149,10 +151,15 @@ class Medusa(Head):
         return LossOut(total, count, metrics)
 
     def propose(self, base: BaseView, state: State) -> Proposal:
-        """Every depth at once: node n takes the ranks_N[n]-th best token of the head of its depth."""
-        shape, final_1AD = state.shape, cast(Tensor, state.seen.final)
+        """Every depth at once; a node takes its token from the head of its depth, whatever is above it."""
+        final_1AD = cast(Tensor, state.seen.final)
         logits_KV = self(base, final_1AD[:, -1])[0]
-        ranked_KR = logits_KV.topk(shape.width, dim=-1).indices
-        drafted = ranked_KR[shape.depths_N[1:] - 1, shape.ranks_N[1:]]
-        root = drafted.new_tensor([state.root])
-        return Proposal(torch.cat([root, drafted]), shape.parents_N)
+        depth = 0
+
+        def deeper(level: Level, tokens_C: Tensor) -> tuple[Tensor, Tensor] | None:
+            nonlocal depth
+            depth += 1
+            nodes = len(level.expanded_A)
+            return (logits_KV[depth].expand(nodes, -1), final_1AD[0, -1].expand(nodes, -1)) if nodes else None
+
+        return fill(state, logits_KV[0], final_1AD[0, -1], deeper)

@@ -3,7 +3,8 @@
 import torch
 
 from draftsmith.contracts import Batch, Capture, Needs
-from draftsmith.roles import TreeShape, Verdict
+from draftsmith.growth import TreeShape
+from draftsmith.roles import Verdict
 
 
 def test_needs_add_up() -> None:

@@ -31,6 +31,8 @@ class Oracle:
     Config = OracleConfig
     lossy = False
     gated = False
+    runs_base = False
+    runs_base = False
 
     def __init__(self, config: OracleConfig, text: Sequence[int]) -> None:
         self.config = config

@@ -39,6 +39,8 @@ class PromptLookup:
     Config = PromptLookupConfig
     lossy = False
     gated = False
+    runs_base = False
+    runs_base = False
 
     def __init__(self, config: PromptLookupConfig) -> None:
         self.config = config

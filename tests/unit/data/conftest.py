@@ -1,5 +1,6 @@
-"""A tokenizer made from a few lines, and the spec of a base that has it."""
+"""A tokenizer made from a few lines, the spec of a base that has it, and `datasets` without a network."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,3 +31,11 @@ def spec(tokenizer: Any) -> BaseSpec:
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         template_sha256=template_sha256(tokenizer),
     )
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return datasets

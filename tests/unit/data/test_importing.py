@@ -121,6 +121,7 @@ BAD: list[tuple[Any, str, str]] = [
     ({"text": "the cat"}, "loss_on", "set data.loss_on=all"),
     ({"prompt": "the cat"}, "no_answer", "without an answer"),
     ({"messages": [USER]}, "no_answer", "no assistant text"),
+    ({"turns": ["the cat", "sat"]}, "no_answer", "turns without answers"),
     ({"ids": [1, 10_000], "mask": [1, 1]}, "ids", "token id 10000 outside the base's vocabulary"),
     ({"ids": [5, -4], "mask": [1, 1]}, "ids", "token id -4 outside"),
     ({"ids": [10**30], "mask": [1]}, "ids", "outside"),
@@ -141,10 +142,10 @@ def test_on_bad_error(imported: Imported, line: Any, reason: str, says: str) -> 
 def test_on_bad_skip(imported: Imported) -> None:
     """in = kept + quarantined, in the manifest, and the quarantine lies beside the rows."""
     found = imported(*(x for bad, _, _ in BAD for x in (CHAT, bad)), on_bad="skip")
-    assert [r.source for r in found] == [f"{imported.source}:{n}" for n in range(1, 16, 2)]
+    assert [r.source for r in found] == [f"{imported.source}:{n}" for n in range(1, 2 * len(BAD), 2)]
     funnel = imported.manifest["funnel"]
     assert funnel == imported.told
-    assert funnel["in"] == 16 == funnel["kept"] + sum(funnel["quarantined"].values())
+    assert funnel["in"] == 2 * len(BAD) == funnel["kept"] + sum(funnel["quarantined"].values())
     assert funnel["quarantined"] == dict(sorted(Counter(reason for _, reason, _ in BAD).items()))
     lines = [json.loads(x) for x in (imported.folder / "quarantine.jsonl").read_text().splitlines()]
     assert [(q["where"], q["reason"]) for q in lines] == [
@@ -153,6 +154,7 @@ def test_on_bad_skip(imported: Imported) -> None:
     assert "quarantine.jsonl" in imported.manifest["files"]
     assert not imported.refused.exists()
     assert json.loads(lines[2]["row"]) == {"prompt": "the cat", "completion": None}  # what did not encode, too
+    assert json.loads(lines[4]["row"]) == {"turns": ["the cat", "sat"]}
 
 
 def test_no_row_left(imported: Imported) -> None:

@@ -52,6 +52,7 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
         Record("a:0", messages=chat, source="s"),
         Record("a:1", prompt="p", completion="c"),
         Record("a:2", ids=(1, 2), mask=(0, 1)),
+        Record("a:3", messages=chat[:1], later=("c", "d"), category="math"),
     ]
     publish_asked(tmp_path, given, None)
     read = [record for _, record in read_asked(tmp_path)]

@@ -18,7 +18,7 @@ from draftsmith.data import labels
 from draftsmith.data.labels import LabelsConfig, acceptance, acceptance_of, log_draft, uniforms
 from draftsmith.data.rows import Row, read_table, write_rows
 from draftsmith.errors import ConfigError, DataError, DraftsmithError, NumericsError
-from draftsmith.roles import draw
+from draftsmith.growth import draw
 
 V, T, PROMPT = 16, 14, 4
 

@@ -109,6 +109,8 @@ def test_asked_leaves_the_answers_out() -> None:
     one, other = ((USER, {"role": "assistant", "content": c}) for c in "ab")
     assert Record("", messages=one).asked == Record("", messages=other).asked == Record("", messages=(USER,)).asked
     assert Record("", messages=(SYSTEM, *one)).asked != Record("", messages=one).asked
+    again = {"role": "user", "content": "again"}
+    assert Record("", messages=(USER,), later=("again",)).asked == Record("", messages=(*one, again)).asked
     assert Record("", prompt="p", completion="a").asked == Record("", prompt="p").asked
     asked = {r.asked for r in (Record("", prompt="p"), Record("", text="t"), Record("", ids=(1,), mask=(1,)))}
     assert len(asked) == 3

@@ -52,6 +52,12 @@ TOOLS = [{"type": "function", "function": {"name": "look"}}]
         ("prompt", {"prompt": json.dumps([USER])}, Record("f:1", messages=(USER,))),
         ("prompt", {"prompt": "[]"}, Record("f:1", prompt="[]")),
         ("text", {"text": "words"}, Record("f:1", text="words")),
+        ("turns", {"turns": ["ask"]}, Record("f:1", messages=(USER,))),
+        (
+            "turns",
+            {"question_id": 81, "category": "writing", "turns": ["ask", "more"], "reference": ["", "x"]},
+            Record("f:1", messages=(USER,), later=("more",), category="writing"),
+        ),
         ("tokens", {"ids": [3, 4], "mask": [0, 1]}, Record("f:1", ids=(3, 4), mask=(0, 1))),
         ("tokens", {"input_ids": [3, 4], "loss_mask": [False, True]}, Record("f:1", ids=(3, 4), mask=(0, 1))),
         ("tokens", {"ids": None, "input_ids": [3], "mask": [1]}, Record("f:1", ids=(3,), mask=(1,))),
@@ -109,6 +115,13 @@ def test_every_shape_has_a_good_row_above() -> None:
         ({"prompt": []}, "messages", "non-empty list"),
         ({"prompt": ["x"]}, "messages", r"messages\[0\]"),
         ({"text": 3}, "types", "text: a text is due"),
+        ({"turns": 2}, "types", "turns: give a non-empty list"),
+        ({"turns": "ask"}, "types", "turns: give a non-empty list"),
+        ({"turns": []}, "types", "turns: give a non-empty list"),
+        ({"turns": ["ask", 3]}, "types", r"turns\[1\]: a text is due, not int"),
+        ({"turns": [USER]}, "types", r"turns\[0\]: a text is due, not dict"),
+        ({"turns": ["ask", " "]}, "empty", r"turns\[1\]: the user says nothing"),
+        ({"turns": ["ask"], "category": 3}, "types", "category: a text is due"),
         ({"text": ""}, "empty", "text: empty"),
         ({"ids": 3, "mask": [1]}, "types", "ids: give a list"),
         ({"ids": [1.0], "mask": [1]}, "types", "ids: give a list of integers"),
@@ -141,8 +154,9 @@ def test_which_key_wins() -> None:
         "prompt": "go",
         "completion": "on",
         "text": "plain",
+        "turns": ["first", "then"],
     }
-    keys = (("ids",), ("messages",), ("conversations",), ("output",), ("completion",), ("prompt",))
+    keys = (("ids",), ("messages",), ("conversations",), ("output",), ("completion",), ("prompt",), ("text",))
     found = []
     for gone in keys:
         found.append(shapes.record(value, ""))
@@ -150,11 +164,12 @@ def test_which_key_wins() -> None:
     found.append(shapes.record(value, ""))
     assert found[0].ids
     assert [f.messages[0]["content"] for f in found[1:4]] == ["ask", "other", "alpaca"]
-    assert [(f.prompt, f.completion, f.text) for f in found[4:]] == [
+    assert [(f.prompt, f.completion, f.text) for f in found[4:7]] == [
         ("go", "on", ""),
         ("go", None, ""),
         ("", None, "plain"),
     ]
+    assert found[7].later == ("then",)
 
 
 @pytest.mark.parametrize("shape", sorted(shapes.READERS))

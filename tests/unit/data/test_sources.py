@@ -383,14 +383,6 @@ def test_bad_settings(settings: dict[str, Any], says: str) -> None:
         SourceConfig(**settings)
 
 
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return datasets
-
-
 def test_a_data_set_saved_to_disk(tmp_path: Path, offline: Any) -> None:
     offline.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     assert found(tmp_path / "saved") == ROWS

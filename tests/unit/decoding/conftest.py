@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from draftsmith.contracts import BaseSpec, Capture, Needs
+from draftsmith.decoding import goodness
 from draftsmith.roles import Proposal
 
 WIDTH = 12
@@ -88,7 +89,7 @@ class ToyBase:
 class Scripted:
     """A drafter that fills each node by fill(state, path of tokens above it, node) and records its states."""
 
-    lossy = False
+    lossy = gated = runs_base = False
 
     def __init__(self, fill, max_depth=8, needs=None):
         self.fill, self.max_depth, self.needs = fill, max_depth, needs or Needs()
@@ -113,17 +114,12 @@ def scripted():
     return Scripted
 
 
-def pearson(counts, expected):
-    """The p-value of Pearson's chi-square; cells that expect less than five are one."""
-    counts, expected = counts.flatten().double(), expected.flatten() * counts.sum()
-    rare = expected < 5
-    pool = [(counts[rare].sum(), expected[rare].sum())] if float(expected[rare].sum()) > 1 else []
-    cells = [*zip(counts[~rare], expected[~rare], strict=True), *pool]
-    x = sum(float((seen - due) ** 2 / due) for seen, due in cells)
-    assert len(cells) > 3
-    return float(torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2).double(), torch.tensor(x / 2).double()))
-
-
 @pytest.fixture
 def chance_of():
-    return pearson
+    """The p-value of counts against what they are to follow."""
+
+    def chance(counts, expected):
+        assert len(goodness.pooled(counts, expected)[0]) > 3, "too few counts to tell anything"
+        return goodness.chi_square(counts, expected)
+
+    return chance

@@ -11,7 +11,7 @@ from draftsmith.decoding.drafters.oracle import Oracle, OracleConfig
 from draftsmith.decoding.drafters.prompt_lookup import PromptLookup, PromptLookupConfig
 from draftsmith.decoding.engine import generate
 from draftsmith.errors import ConfigError
-from draftsmith.heads.drafting import fill
+from draftsmith.drafting import fill
 from draftsmith.roles import Proposal
 
 PROMPT = [1, 3, 2, 2, 3, 0]

@@ -10,7 +10,7 @@ from draftsmith.decoding import tree
 from draftsmith.decoding.engine import generate
 from draftsmith.decoding.gates import Confidence, Fixed, GateConfig, Oracle
 from draftsmith.errors import ConfigError
-from draftsmith.heads.drafting import fill
+from draftsmith.drafting import fill
 from draftsmith.roles import Partial
 
 PROMPT = [1, 3, 2, 2, 3, 0]

@@ -12,7 +12,7 @@ from draftsmith.decoding.gates import Fixed, Oracle
 from draftsmith.decoding.gating import Costs, Hearing, Trial
 from draftsmith.decoding.measure import Result
 from draftsmith.decoding.stats import Stats
-from draftsmith.heads.drafting import fill
+from draftsmith.drafting import fill
 from draftsmith.roles import Partial, Proposal, Verdict
 
 PROMPTS = [[1, 3, 2, 2, 3, 0], [4, 1]]

@@ -62,12 +62,12 @@ def test_chain_and_full_trees():
 def test_cut_leaves_the_tree_of_the_shorter_paths():
     paths = [[0], [1], [2], [0, 0], [1, 1], [0, 0, 2]]
     for depth in range(4):
-        cut = tree.cut(tree.from_paths(paths), depth)
+        cut = tree.from_paths(paths).cut(depth)
         expected = tree.from_paths([p for p in paths if len(p) <= depth])
         assert all(torch.equal(vars(cut)[k], vars(expected)[k]) for k in vars(cut))
     mixed = tree.TreeShape(torch.tensor([-1, 0, 1, 2, 0, 4]), torch.tensor([0, 1, 2, 3, 1, 2]), torch.arange(6))
-    assert tree.cut(mixed, 2).parents_N.tolist() == [-1, 0, 1, 0, 3]
-    assert tree.cut(mixed, 2).ranks_N.tolist() == [0, 1, 2, 4, 5]
+    assert mixed.cut(2).parents_N.tolist() == [-1, 0, 1, 0, 3]
+    assert mixed.cut(2).ranks_N.tolist() == [0, 1, 2, 4, 5]
 
 
 def test_config_takes_a_depth_or_paths_and_checks_early():

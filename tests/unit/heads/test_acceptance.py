@@ -21,7 +21,8 @@ from draftsmith.heads.draft_model import DraftModel
 from draftsmith.heads.hydra import Hydra, HydraConfig
 from draftsmith.heads.medusa import Medusa, MedusaConfig
 from draftsmith.losses import acceptance_loss, bernoulli_kl
-from draftsmith.roles import Level, Partial, TreeShape
+from draftsmith.growth import Level, TreeShape
+from draftsmith.roles import Partial
 
 MakeBatch = Callable[..., Batch]
 READS = ("after", "before")

@@ -17,7 +17,8 @@ from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import DecoderLayer
 from draftsmith.heads.clover2 import AttentionDecoder, Clover2, Clover2Config
 from draftsmith.losses import feature_distance
-from draftsmith.roles import State, TreeShape
+from draftsmith.growth import TreeShape
+from draftsmith.roles import State
 from draftsmith.targets import future_tokens
 
 MakeBatch = Callable[..., Batch]

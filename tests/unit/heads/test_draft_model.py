@@ -16,7 +16,8 @@ from draftsmith.decoding.engine import generate
 from draftsmith.errors import ConfigError
 from draftsmith.heads.acceptance import Acceptance, AcceptanceConfig, AcceptanceGate
 from draftsmith.heads.draft_model import DraftModel
-from draftsmith.roles import Partial, Proposal, State, TreeShape
+from draftsmith.growth import TreeShape
+from draftsmith.roles import Partial, Proposal, State
 
 MakeBatch = Callable[..., Batch]
 V = 40

@@ -17,7 +17,8 @@ from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import ResBlock
 from draftsmith.heads.hydra import FirstBlock, Hydra, HydraConfig
 from draftsmith.losses import feature_distance
-from draftsmith.roles import State, TreeShape
+from draftsmith.growth import TreeShape
+from draftsmith.roles import State
 from draftsmith.targets import Lessons, lessons
 
 MakeBatch = Callable[..., Batch]

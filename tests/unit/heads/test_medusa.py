@@ -15,7 +15,8 @@ from draftsmith.contracts import BaseSpec, Batch, Capture
 from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import ResBlock
 from draftsmith.heads.medusa import Medusa, MedusaConfig
-from draftsmith.roles import State, TreeShape
+from draftsmith.growth import TreeShape
+from draftsmith.roles import State
 
 MakeBatch = Callable[..., Batch]
 

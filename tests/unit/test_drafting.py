@@ -9,8 +9,9 @@ import torch
 from draftsmith.contracts import Capture
 from draftsmith.decoding import tree
 from draftsmith.errors import ConfigError
-from draftsmith.heads.drafting import Ancestors, fill
-from draftsmith.roles import Level, Partial, State, TreeShape, draw
+from draftsmith.drafting import Ancestors, fill
+from draftsmith.growth import Level, TreeShape, draw
+from draftsmith.roles import Partial, State
 
 VOCABULARY = 11
 ROOT = torch.tensor([1.0, 2.0, 3.0])  # what the drafter thinks after reading the root
