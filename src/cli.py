@@ -13,11 +13,12 @@ VERBS = {
     "label": "per-token labels for gates: accepted drafts, or tokens that matter",
     "train": "rows -> heads, on the frozen base",
     "evaluate": "tokens per step, speed, and proof that the output is the base's own",
-    "tune": "the threshold of a gate for this machine, stored with it",
+    "tune": "the tree of a drafter, or the threshold of a gate, for this machine, stored with it",
     "bakeoff": "heads compared at equal rows and equal CPU-seconds: a table and a picture",
     "export": "a trained head -> a folder that an inference server loads",
     "bench": "what one training step costs, as a ratio of the base's forward",
     "bench_data": "how fast rows are answered, encoded and packed",
+    "bench_decoding": "what the engine costs beside the base's own forwards, and how honest its baseline is",
 }
 
 
@@ -25,7 +26,7 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print("usage: draftsmith VERB [key=value …]     (draftsmith VERB --help for its keys)\n")
-        print("\n".join(f"  {verb:<11} {what}" for verb, what in VERBS.items()))
+        print("\n".join(f"  {verb:<14} {what}" for verb, what in VERBS.items()))
         return
     if name not in VERBS:
         close = difflib.get_close_matches(name, VERBS, n=1)

@@ -77,6 +77,7 @@ class Recording:
 
     def __init__(self, drafter: Any) -> None:
         self.drafter, self.needs, self.max_depth = drafter, drafter.needs, drafter.max_depth
+        self.gated, self.runs_base = getattr(drafter, "gated", False), getattr(drafter, "runs_base", False)
         self.tokens: list[list[int]] = []  # what was emitted before each step, the prompt included
         self.shapes: list[Any] = []
         self.proposals: list[Any] = []

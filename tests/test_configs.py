@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import bench, bench_data, config, evaluate, prepare, tune
+from draftsmith import bench, bench_data, bench_decoding, config, evaluate, prepare, tune
 from draftsmith.cli import VERBS
 from draftsmith.contracts import BaseSpec, Head
 from draftsmith.data.labels import LabelsConfig
@@ -54,6 +54,7 @@ OWN: dict[tuple[str, str], type] = {
     ("bench", "base"): bench.ShapeConfig,
     ("bench", "data"): bench.ChatsConfig,
     ("bench_data", "bench"): bench_data.BenchDataConfig,
+    ("bench_decoding", "bench"): bench_decoding.BenchDecodingConfig,
 }
 ROOTS = sorted(p.stem for p in CONF.glob("*.yaml") if p.stem != "command")
 CHOICES = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,6 +49,20 @@ def generate(
             for i, ids in zip(rows, made, strict=True):
                 end = next((n for n, token in enumerate(ids) if token in eos_ids), len(ids) - 1)
                 out[i] = ids[: end + 1]
+    return out
+
+
+@torch.no_grad()
+def bare_loop(model: Any, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    """New greedy ids: the model's own forward with its own growing cache, argmax, once more. Nothing ends it early."""
+    from transformers import DynamicCache
+
+    cache, ids = DynamicCache(config=model.config), torch.tensor([list(prompt)], device=model.device)
+    out: list[int] = []
+    while len(out) < max_new_tokens:
+        logits_BTV = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        out.append(int(logits_BTV[0, -1].argmax()))
+        ids = torch.tensor([out[-1:]], device=model.device)
     return out
 
 

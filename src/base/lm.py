@@ -23,7 +23,7 @@ from draftsmith import contracts
 from draftsmith.base import lora, masks
 from draftsmith.base.answering import Sampling, answer
 from draftsmith.base.families import layer_types, part, paths_of, windows
-from draftsmith.base.generation import generate
+from draftsmith.base.generation import bare_loop, generate
 from draftsmith.base.kv import KV
 from draftsmith.base.loading import outline_of, read
 from draftsmith.base.settings import LoraConfig
@@ -248,6 +248,10 @@ class BaseLM:
             seed=seed,
             batch_size=batch_size,
         )
+
+    def bare_loop(self, prompt: Sequence[int], *, max_new_tokens: int) -> list[int]:
+        """New greedy ids of one prompt by the plainest loop over the model; see generation.py."""
+        return bare_loop(self.model, prompt, max_new_tokens)
 
     def answer(
         self,

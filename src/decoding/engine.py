@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -192,10 +192,13 @@ class _Run:
             assert plan.depth <= row.state.shape.depth, "a proposal must not be deeper than the shape"
         tokens_BN = _stacked([p.tokens_N for p in proposals], self.device)
         entered = self._entered(proposals, start)
+        asked = self.asked
+        if entered is not None:  # the blocks below have run already
+            asked = replace(asked, hidden=frozenset(layer for layer in asked.hidden if layer >= entered[0]))
         positions_BN, mask_BNS = together(plans, [r.length for r in rows], start)
         drafted = self.clock()
         capture = self.base.capture(
-            self.asked, tokens_BN, positions_BQ=positions_BN, mask_BQS=mask_BNS, kv=kv, entered=entered
+            asked, tokens_BN, positions_BQ=positions_BN, mask_BQS=mask_BNS, kv=kv, entered=entered
         )
         verdicts, tokens = self._verdicts(proposals, plans, tokens_BN, _logits(self.base, capture))
         verified = self.clock()
@@ -308,7 +311,7 @@ def _stacked(tokens: list[Tensor], device: torch.device) -> Tensor:
         return tokens[0].to(device)[None]
     nodes = max(map(len, tokens))
     filled = [torch.cat([t, t[:1].expand(nodes - len(t))]) if len(t) < nodes else t for t in tokens]
-    return torch.stack(filled).to(device)
+    return torch.stack([t.to(device) for t in filled])
 
 
 def _shape(drafter: Drafter | None, shape: Shape | None, device: torch.device) -> Shape:

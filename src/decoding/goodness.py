@@ -38,7 +38,7 @@ def holm(p_values: Sequence[float], alpha: float = 0.05) -> list[bool]:
     smallest p-value is held against alpha / m, the next against alpha / (m - 1), up to the first that passes."""
     rejected = [False] * len(p_values)
     for place, n in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        if not p_values[n] <= alpha / (len(p_values) - place):
+        if p_values[n] > alpha / (len(p_values) - place):
             break
         rejected[n] = True
     return rejected

@@ -105,8 +105,8 @@ def selection(p_V: Tensor, q_V: Tensor, count: int) -> tuple[float, float]:
     rho is the least number in [1, count] for which 1 - (1 - beta)^count <= rho beta: no token is given more than p has
     of it. The left side falls with rho and the right side, sum min(p, rho q), rises. Between two neighbouring ratios
     p / q it is always the same tokens that give p / rho and the others q, so one sort finds the neighbours, and
-    bisection between them needs the vocabulary no more. The upper end is returned: the rule is exact for every rho above
-    the least, so precision costs no exactness.
+    bisection between them needs the vocabulary no more. The upper end is returned: the rule is exact for every rho
+    above the least, so precision costs no exactness.
     """
     if count == 1:
         return 1.0, 1.0

@@ -10,7 +10,7 @@ from draftsmith.contracts import Capture
 from draftsmith.decoding import tree
 from draftsmith.errors import ConfigError
 from draftsmith.drafting import Ancestors, fill
-from draftsmith.growth import Level, TreeShape, draw
+from draftsmith.growth import Level, TreeShape, Warp, draw
 from draftsmith.roles import Partial, State
 
 VOCABULARY = 11
@@ -198,7 +198,7 @@ def test_drawn_tokens_follow_the_distribution_they_are_told_with() -> None:
     """A chi-square over a small vocabulary, level by level; each row of drawn_NV is the softmax at the temperature of
     the logits after that very path."""
     shape, draws, temperature = tree.chain(2), 4000, 0.7
-    state = state_of(shape, temperature=temperature, generator=torch.Generator().manual_seed(0))
+    state = state_of(shape, warp=Warp(temperature=temperature), generator=torch.Generator().manual_seed(0))
     first_V = (logits_after((7,))[:4].double() / temperature).softmax(-1)
     second_VV = torch.stack([(logits_after((7, v))[:4].double() / temperature).softmax(-1) for v in range(4)])
     seen_VV = torch.zeros(4, 4)
@@ -221,7 +221,7 @@ def test_drawn_tokens_follow_the_distribution_they_are_told_with() -> None:
 
 
 def test_drawn_levels_left_out_have_no_rows() -> None:
-    shape, state = tree.chain(3), state_of(tree.chain(3), gate=Watching(2), temperature=1.0)
+    shape, state = tree.chain(3), state_of(tree.chain(3), gate=Watching(2), warp=Warp(temperature=1.0))
     proposal = fill(state, logits_after((7,)), ROOT, Walk(), draws=True)
     assert len(shape.parents_N) == 4
     assert len(proposal.tokens_N) == len(proposal.drawn_NV) == 3
@@ -229,7 +229,7 @@ def test_drawn_levels_left_out_have_no_rows() -> None:
 
 def test_the_seed_decides_what_is_drawn() -> None:
     def tokens(seed: int) -> list[int]:
-        state = state_of(tree.chain(4), temperature=1.0, generator=torch.Generator().manual_seed(seed))
+        state = state_of(tree.chain(4), warp=Warp(temperature=1.0), generator=torch.Generator().manual_seed(seed))
         return fill(state, logits_after((7,)), ROOT, Walk(), draws=True).tokens_N.tolist()
 
     assert tokens(1) == tokens(1)
@@ -240,7 +240,7 @@ def test_temperature_0_and_drafters_that_choose_never_draw() -> None:
     shape, generator = tree.chain(3), torch.Generator().manual_seed(0)
     before = generator.get_state()
     for temperature, draws in ((0.0, True), (1.0, False)):
-        state = state_of(shape, temperature=temperature, generator=generator)
+        state = state_of(shape, warp=Warp(temperature=temperature), generator=generator)
         proposal = fill(state, logits_after((7,)), ROOT, Walk(), draws=draws)
         assert proposal.tokens_N.tolist() == by_path(shape, 7)
         assert proposal.drawn_NV is None

@@ -66,7 +66,6 @@ def test_holm_by_hand():
     assert holm([0.06, 0.001], alpha=0.1) == [True, True]
     assert holm([0.03, 0.03]) == [False, False]
     assert holm([]) == []
-    assert holm([float("nan"), 0.001]) == [False, True]
 
 
 def evenly(p_values):
@@ -88,8 +87,8 @@ def test_p_values_are_uniform_where_there_is_nothing_to_find(cells):
 
 
 # The figure: COUNT first pairs of tokens against p(a) p(b | a), over SEEDS seeds for every way. ALPHA is the chance that
-# any of the ways is rejected if all are exact. Two per cent of the probability, moved to the token that is least likely
-# (it has 1 % to 6 % here), are found with so many draws and a threshold so low.
+# any of the ways is rejected if all are exact. Two per cent of the probability, moved to the token that is least likely,
+# are found with so many draws and a threshold so low.
 
 VOCABULARY, COUNT, SEEDS, ALPHA = 6, 2500, 20, 0.05
 WARP = Warp(temperature=1.0)
@@ -141,12 +140,12 @@ OFF = {
 }
 
 
-def chance(shape, draws, verifier, seed):
-    """The p-value of COUNT pairs of first tokens. Where a step gave one token, the next is the base's own."""
+def chance(shape, draws, verifier, seed, count):
+    """The p-value of `count` pairs of first tokens. Where a step gave one token, the next is the base's own."""
     generator = torch.Generator().manual_seed(seed)
     state = State([0], 0, Capture(), shape, warp=WARP, draws=draws, generator=generator)
     steps = [list(accumulate(row)) for row in P_OF.tolist()]
-    numbers = torch.rand(COUNT, generator=generator, dtype=torch.float64).tolist()
+    numbers = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
     counts = [[0] * VOCABULARY for _ in range(VOCABULARY)]
     for number in numbers:
         proposal = fill(state, Q_LOGITS, HIDDEN[0], deeper)
@@ -159,33 +158,38 @@ def chance(shape, draws, verifier, seed):
     return chi_square(torch.tensor(counts), P[:, None] * P_OF)
 
 
-def check_exact(shape, draws, verifier, seeds):
-    p_values = [chance(shape, draws, verifier, seed) for seed in range(seeds)]
-    assert not any(holm(p_values, ALPHA / len(EXACT))), p_values
+def rejected(way, seeds, count):
+    """How many of the seeds, and their p-values."""
+    p_values = [chance(*way, seed, count) for seed in range(seeds)]
+    return sum(holm(p_values, ALPHA / len(EXACT))), sorted(p_values)
 
 
-def check_found(shape, draws, verifier, seeds):
-    p_values = [chance(shape, draws, verifier, seed) for seed in range(seeds)]
-    assert sum(holm(p_values, ALPHA / len(EXACT))) >= 0.95 * seeds, p_values
+exact = pytest.mark.parametrize("way", EXACT.values(), ids=EXACT)
+off = pytest.mark.parametrize("way", OFF.values(), ids=OFF)
 
 
-@pytest.mark.parametrize("way", EXACT.values(), ids=EXACT)
+@exact
 def test_exact_ways_follow_the_base(way):
-    check_exact(*way, seeds=3)
+    assert rejected(way, 3, 800)[0] == 0
 
 
-@pytest.mark.parametrize("way", OFF.values(), ids=OFF)
+@off
 def test_what_is_not_exact_is_found(way):
-    check_found(*way, seeds=3)
+    assert rejected(way, 3, COUNT)[0] == 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", EXACT.values(), ids=EXACT)
-def test_exact_ways_follow_the_base_for_all_seeds(way):
-    check_exact(*way, seeds=SEEDS)
+@exact
+def test_exact_ways_follow_the_base_over_all_seeds(way):
+    found, p_values = rejected(way, SEEDS, COUNT)
+    print(p_values)
+    assert found == 0
+    assert evenly(p_values) > 1e-3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", OFF.values(), ids=OFF)
+@off
 def test_what_is_not_exact_is_found_for_19_of_20_seeds(way):
-    check_found(*way, seeds=SEEDS)
+    found, p_values = rejected(way, SEEDS, COUNT)
+    print(p_values)
+    assert found >= 19

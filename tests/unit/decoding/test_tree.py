@@ -104,7 +104,7 @@ def test_check_26_the_logits_of_every_path_equal_its_own_causal_forward(toy_base
         parents = random_parents(rng, rng.randrange(1, 12))
         tokens, parents_N = [rng.randrange(7) for _ in parents], torch.tensor(parents)
         kv = base.new_kv()
-        base.capture(Needs(), torch.tensor([prompt]), kv=kv)
+        base.capture(Needs(final=True), torch.tensor([prompt]), kv=kv)
         prefix = torch.ones(len(parents), len(prompt), dtype=torch.bool)
         logits_NV = base.capture(
             Needs(logits=True),

@@ -420,7 +420,7 @@ def test_a_selection_where_p_and_q_share_nothing_and_where_they_are_one():
 def test_spectr_refuses_siblings_of_different_distributions():
     rows = exact([[0.0, 0, 0], [0.5, 0.25, 0.25], [0, 0.5, 0.5]])
     proposal = Proposal(torch.tensor([0, 0, 1]), torch.tensor([-1, 0, 0]), drawn_NV=rows)
-    with pytest.raises(ConfigError, match="accept=spectr: .* drafts=iid"):
+    with pytest.raises(ConfigError, match=r"accept=spectr: .* drafts=iid"):
         verify.spectr(proposal, torch.full((3, 3), 1 / 3).double(), None)
 
 
