@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 FILE, PAGE = "certificate.json", "certificate.md"
 FORMAT, FORMAT_VERSION = "draftsmith-certificate", 1
 PROVING = ("float32", "float64")  # in which two right forwards choose alike but for near ties
+KINDS = {"ByProbability": "eagle2", "DySpec": "dyspec", "Beam": "beam"}  # kind of tree -> its yaml in conf/tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def write(run_dir: Path, cfg: DictConfig, case: Case) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "heads": {name: _described(case, name, head, tests) for name, head in case.heads.items()},
         "base": _base(case),
-        "compared": _compared(case),
+        "compared": {**_compared(case), "p_values": tests["p_values"]},
         **{part: tests[part] for part in (PLAIN, "prefixes")},
         "decoding": dataclasses.asdict(case.decoding),
         "gate": None if case.gate is None else dataclasses.asdict(case.gate),
@@ -88,14 +89,16 @@ def check(told: Mapping[str, Any], written: Path) -> None:
     """NumericsError if a head's tests failed on a base whose dtype makes them a proof."""
     failed = [name for name, head in told["heads"].items() if head["tests"] == "failed"]
     if failed and told["base"]["dtype"] in PROVING:
-        raise NumericsError(f"{', '.join(failed)}: not certified: {told['heads'][failed[0]]['reasons'][0]}; see {written}")
+        raise NumericsError(
+            f"{', '.join(failed)}: not certified: {told['heads'][failed[0]]['reasons'][0]}; see {written}"
+        )
 
 
 def _tested(case: Case) -> dict[str, Any]:
     """Every contender's results, plain decoding's, and what they were found with."""
     contenders = {} if case.decoding.rules.lossy else _contenders(case)
     if not contenders:
-        return {"heads": {}, PLAIN: None, "prefixes": [], "seeds": 0}
+        return {"heads": {}, PLAIN: None, "prefixes": [], "seeds": 0, "p_values": 0}
     exact = _exact(case.base)
     limits = case.decoding.max_new_tokens, case.base.eos_ids
     greedy = proof.Greedy(case.base, case.prompts, exact, *limits)
@@ -128,6 +131,7 @@ def _tested(case: Case) -> dict[str, Any]:
             for way, r in ways.items()
         }
     told["prefixes"] = [{"prompt": p.prompt, "tokens": len(p.tokens), "likely": p.likely} for p in places]
+    told["p_values"] = sum(1 if fit.two_sample is None else 2 for fit in fits)
     return {**told, "seeds": case.settings.draws * len(places) * (1 + sum(map(len, drawn.values())))}
 
 
@@ -255,11 +259,10 @@ def _without_folders(override: str) -> str:
 
 def _tree(shape: Shape) -> dict[str, Any]:
     """Everything that makes the tree."""
-    fields = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in vars(shape).items() if not k.startswith("_")}
-    wanted = {f.name for f in dataclasses.fields(shape)}  # type: ignore[arg-type]
-    return {"nodes": shape.nodes, "depth": shape.depth, "kind": type(shape).__name__} | {
-        k: v for k, v in fields.items() if k in wanted
-    }
+    kind = KINDS.get(type(shape).__name__, "chain" if shape.nodes == shape.depth + 1 else "static")
+    fields = {f.name: getattr(shape, f.name) for f in dataclasses.fields(shape)}  # type: ignore[arg-type]
+    told = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in fields.items()}
+    return {"kind": kind, "nodes": shape.nodes, "depth": shape.depth, **told}
 
 
 def _exact(base: BaseLM) -> proof.Exact:
@@ -277,21 +280,25 @@ def _exact(base: BaseLM) -> proof.Exact:
     return exact
 
 
-def travel(run_dir: Path, folder: Path, tensors: Mapping[str, Tensor], adapter_sha256: str) -> str | None:
-    """Puts the run's certificate into an exported folder, under its manifest, if it is of these tensors and this
-    adapter; returns what to tell, None where the run has no certificate."""
-    if not (run_dir / FILE).is_file():
+def travel(run_dir: Path, folder: Path, head: Head, dtype: str | None) -> str | None:
+    """Puts the run's certificate into an exported folder, under its manifest, if it is of this head's weights as they
+    were exported, in `dtype` (None: as they are); returns what to tell, None where the run has no certificate."""
+    path = run_dir / FILE
+    if not path.is_file():
         return None
-    told = artifacts.read_json(run_dir / FILE)
+    told = artifacts.read_json(path)
     if not isinstance(told, dict) or (told.get("format"), told.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise DataError(f"{run_dir / FILE}: not a certificate of this version; draftsmith evaluate certify=true writes it")
-    own = artifacts.tensors_sha256(tensors)
-    head = next((h for h in told["heads"].values() if h["weights_sha256"] == own), None)
-    if head is None or told["base"]["adapter_sha256"] != adapter_sha256:
-        return f"{run_dir / FILE} is of other weights and is left out; draftsmith evaluate certify=true makes one of these"
+        raise DataError(f"{path}: no certificate of this version; evaluate certify=true writes one, or remove it")
+    tensors = head.state_dict()
+    if dtype is not None:
+        tensors = {k: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for k, t in tensors.items()}
+    exported = artifacts.tensors_sha256(tensors)
+    own = next((h for h in told["heads"].values() if h["weights_sha256"] == exported), None)
+    if own is None or told["base"]["adapter_sha256"] != head.spec.adapter_sha256:
+        return f"{path} is of other weights and is left out; evaluate certify=true makes one of these"
     facts = {k: v for k, v in artifacts.read_json(folder / artifacts.MANIFEST).items() if k != "files"}
     with artifacts.publish(folder, **facts) as temporary:
         shutil.copytree(folder, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(artifacts.MANIFEST))
         for name in (FILE, PAGE):
             shutil.copy(run_dir / name, temporary)
-    return f"{FILE} travels with it: {'certified' if head['certified'] else 'NOT certified, ' + head['reasons'][0]}"
+    return f"{FILE} travels with it: {'certified' if own['certified'] else 'NOT certified, ' + own['reasons'][0]}"

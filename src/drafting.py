@@ -6,7 +6,7 @@ asked for what follows them, unless a gate ends it there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -22,6 +22,10 @@ Deeper = Callable[[Level, Tensor], tuple[Tensor, ...] | None]
 """(level, tokens_C of its nodes) -> (logits [A, V], hidden [A, D]) after those of its nodes that have children, and
 ids [A, V] where the columns of every node stand for tokens of its own; None stops."""
 
+DeeperRows = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(of_M, tokens_M, rows_M) -> (logits [M, V], hidden [M, D]) after M nodes of several rows: the parent of each, counted
+among those asked before (the roots first, one per row); its token; its row."""
+
 
 def fill(
     state: State,
@@ -35,52 +39,102 @@ def fill(
 ) -> Proposal:
     """The proposal below state.root, of state.shape. logits_V, hidden_D: after reading the root. ids: the token
     that each column of the logits stands for, where they are not over the base's vocabulary; [V], the same after every
-    node, or [1, V], of the root's. gate: the drafter's own,
-    where the state has none. draws: its own way of picking tokens of a text with a temperature, where state.draws
-    says nothing; None: the best ones.
+    node, or [1, V], of the root's. gate: the drafter's own, where the state has none. draws: its own way of picking
+    tokens of a text with a temperature, where state.draws says nothing; None: the best ones.
 
     Fewer nodes than the shape has where `deeper` or the gate stopped: whole levels are left out, the deepest first. The
     last level is passed to `deeper` too, as one whose nodes have no children; what it returns there is not used.
     """
-    gate = state.gate or gate
-    growing = state.shape.grow(_way(state, draws), state.warp, state.generator)
-    tokens = [torch.tensor([state.root], device=logits_V.device)]
-    drawn: list[Tensor] = []
+    filling = _Filling(state, hidden_D, ids, gate, draws)
     logits_AV: Tensor | None = logits_V[None]
-    partial = Partial(hidden=[hidden_D[None]])
-    while logits_AV is not None and (picked := growing.next(logits_AV)) is not None:
-        level, columns_C = picked.level, picked.columns_C
+    while logits_AV is not None and (picked := filling.pick(logits_AV)) is not None:
+        read = deeper(*picked)
+        logits_AV = None if read is None else read[0]
+        if read is not None:
+            filling.hear(*read[1:])
+    return filling.proposal()
+
+
+def fill_rows(states: Sequence[State], logits_BV: Tensor, hidden_BD: Tensor, deeper: DeeperRows) -> list[Proposal]:
+    """`fill` for several rows at once, of a drafter that keeps nothing between levels but what it was asked before: the
+    nodes of all rows are asked together. logits_BV, hidden_BD: after reading each row's root."""
+    fillings = [_Filling(state, hidden_BD[b]) for b, state in enumerate(states)]
+    logits, first = {b: logits_BV[b : b + 1] for b in range(len(states))}, list(range(len(states)))
+    while logits:
+        of, tokens, rows = [], [], []
+        for b, logits_AV in logits.items():
+            picked = fillings[b].pick(logits_AV)
+            if picked is not None and len(picked[0].expanded_A):
+                level, tokens_C = picked
+                of.append(level.of_C[level.expanded_A] + first[b])
+                tokens.append(tokens_C[level.expanded_A])
+                rows.append(b)
+        if not rows:
+            break
+        counts = [len(t) for t in tokens]
+        rows_M = torch.tensor(rows, device=logits_BV.device).repeat_interleave(torch.tensor(counts))
+        logits_MV, hidden_MD = deeper(torch.cat(of), torch.cat(tokens), rows_M)
+        logits, start = {}, 0
+        for b, count in zip(rows, counts, strict=True):
+            logits[b], first[b] = logits_MV[start : start + count], start
+            fillings[b].hear(hidden_MD[start : start + count])
+            start += count
+    return [filling.proposal() for filling in fillings]
+
+
+class _Filling:
+    """One proposal in the making."""
+
+    def __init__(
+        self,
+        state: State,
+        hidden_D: Tensor,
+        ids: Tensor | None = None,
+        gate: Gate | None = None,
+        draws: Draws | None = None,
+    ) -> None:
+        self.state, self.gate, self.ids = state, state.gate or gate, ids
+        self.growing = state.shape.grow(_way(state, draws), state.warp, state.generator)
+        self.tokens = [torch.tensor([state.root], device=hidden_D.device)]
+        self.drawn: list[Tensor] = []
+        self.partial = Partial(hidden=[hidden_D[None]])
+
+    def pick(self, logits_AV: Tensor) -> tuple[Level, Tensor] | None:
+        """The next level and its tokens, given the logits after every node that was to be asked; None: complete."""
+        picked = self.growing.next(logits_AV)
+        if picked is None:
+            return None
+        level, columns_C, ids = picked.level, picked.columns_C, self.ids
         ids_CV = ids if ids is None or ids.dim() == 1 else ids[level.of_C]
         tokens_C = columns_C if ids_CV is None else _named(ids_CV, columns_C[:, None])[:, 0]
-        tokens.append(tokens_C)
+        self.tokens.append(tokens_C)
         if picked.drawn_CV is not None:
-            drawn.append(picked.drawn_CV if ids_CV is None else over_tokens(picked.drawn_CV, ids_CV))
-        if gate is not None and len(level.expanded_A):
+            self.drawn.append(picked.drawn_CV if ids_CV is None else over_tokens(picked.drawn_CV, ids_CV))
+        if self.gate is not None and len(level.expanded_A):
+            partial = self.partial
             partial.levels.append(level)
             partial.tokens.append(tokens_C)
             partial.logits_AV, partial.columns_C = logits_AV, columns_C
-            if gate.stop(state, partial):
+            if self.gate.stop(self.state, partial):
                 level = replace(level, expanded_A=level.expanded_A[:0])
-        read = deeper(level, tokens_C)
-        logits_AV = None
-        if read is not None:
-            logits_AV, hidden_AD = read[:2]
-            ids = read[2] if len(read) > 2 else ids
-            partial.hidden.append(hidden_AD)
-    drawn_NV = None
-    if drawn:
-        wide = max(d.shape[1] for d in drawn)
-        drawn_NV = torch.cat([drawn[0].new_zeros(1, wide), *(F.pad(d, (0, wide - d.shape[1])) for d in drawn)])
-    tokens_N = torch.cat(tokens)
-    parents_N, kept_N = growing.parents(len(tokens_N)), growing.kept(len(tokens_N))
-    if kept_N is None:
-        return Proposal(tokens_N, parents_N, drawn_NV=drawn_NV)
-    return Proposal(
-        tokens_N[kept_N],
-        renumbered(parents_N, kept_N),
-        drawn_NV=None if drawn_NV is None else drawn_NV[kept_N],
-        kept_N=kept_N,
-    )
+        return level, tokens_C
+
+    def hear(self, hidden_AD: Tensor, ids: Tensor | None = None) -> None:
+        """What the asked nodes left; ids: of their columns, where every node has its own."""
+        self.partial.hidden.append(hidden_AD)
+        self.ids = self.ids if ids is None else ids
+
+    def proposal(self) -> Proposal:
+        drawn_NV, drawn = None, self.drawn
+        if drawn:
+            wide = max(d.shape[1] for d in drawn)
+            drawn_NV = torch.cat([drawn[0].new_zeros(1, wide), *(F.pad(d, (0, wide - d.shape[1])) for d in drawn)])
+        tokens_N = torch.cat(self.tokens)
+        parents_N, kept_N = self.growing.parents(len(tokens_N)), self.growing.kept(len(tokens_N))
+        if kept_N is None:
+            return Proposal(tokens_N, parents_N, drawn_NV=drawn_NV)
+        kept_NV = None if drawn_NV is None else drawn_NV[kept_N]
+        return Proposal(tokens_N[kept_N], renumbered(parents_N, kept_N), drawn_NV=kept_NV, kept_N=kept_N)
 
 
 def _way(state: State, own: Draws | None) -> Draws | None:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, asking, config, judging, prepare, supply
+from draftsmith import artifacts, asking, certify, config, judging, prepare, supply
 from draftsmith.beside import Beside
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.prompts import PromptsConfig, user_turns
 from draftsmith.data.records import Record
 from draftsmith.data.settings import DataConfig
+from draftsmith.decoding.certificate import CertificateConfig
 from draftsmith.decoding.company import COMPANY, BaselinesConfig
 from draftsmith.decoding.gates import GateConfig
 from draftsmith.decoding.referee import HF, PLAIN, DecodingConfig
@@ -33,6 +34,8 @@ class EvaluateConfig(prepare.MachineConfig):
     batch_sizes: list[int] = dataclasses.field(default_factory=lambda: [1])
     batch_prompts: int = 8
     prompt_lengths: list[int] = dataclasses.field(default_factory=lambda: [64, 256, 512])
+    certify: bool = False
+    certificate: CertificateConfig = dataclasses.field(default_factory=CertificateConfig)
 
     def __post_init__(self) -> None:
         for name in ("repeats", "batch_prompts"):
@@ -46,19 +49,15 @@ class EvaluateConfig(prepare.MachineConfig):
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Evaluates the heads of cfg.run_dir or cfg.load and returns what it writes to evaluation.json. Raises
-    NumericsError, after writing, if an fp32 base's tokens were not kept."""
+    NumericsError, after writing, if an fp32 base's tokens were not kept or a head is not certified that was to be."""
     decoding = config.typed(cfg.decoding, DecodingConfig, "decoding")
     prompts = config.typed(cfg.prompts, PromptsConfig, "prompts")
     baselines = config.typed(cfg.baselines, BaselinesConfig, "baselines")
     gate = config.typed(cfg.get("gate"), GateConfig, "gate") if cfg.get("gate") is not None else None
-    own = {
-        k: cfg[k] for k in ("load", "repeats", "batch_sizes", "batch_prompts", "prompt_lengths", "threads", "device")
-    }
+    own = {field.name: cfg[field.name] for field in dataclasses.fields(EvaluateConfig)}
     settings = config.typed(own, EvaluateConfig, "evaluate")
-    if gate is not None and gate.kind == "oracle" and decoding.temperature:
-        raise ConfigError(
-            f"gate=oracle: knows a greedy text only; decoding.temperature={decoding.temperature:g} is not"
-        )
+    if gate is not None and gate.kind == "oracle" and (decoding.temperature or settings.certify):
+        raise ConfigError("gate=oracle: knows a greedy text only; give decoding.temperature=0 and certify=false")
     run_dir = config.run_dir(cfg, "evaluate")
     folders, of_run = heads_of(run_dir, settings.load)
     base_config = base_of(cfg, folders, of_run)
@@ -94,7 +93,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         prepare.say(primers.write(run_dir, found["primers"]))
     if any("gate" in head for head in found["heads"].values()):
         prepare.say(gates.write(run_dir, found["heads"]))
+    case = certify.Case(base, heads, [a.ids for a in asked], decoding, gate, settings.certificate)
+    certificate = certify.write(run_dir, cfg, case) if settings.certify else None
     judging.check_proofs(found, dtype, run_dir / "evaluation.json")
+    if certificate is not None:
+        certify.check(certificate, run_dir / certify.FILE)
     return result
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from draftsmith import config, evaluate, prepare
+from draftsmith import certify, config, evaluate, prepare
 
 
 def run(cfg: DictConfig) -> list[Path]:
@@ -25,6 +25,9 @@ def run(cfg: DictConfig) -> list[Path]:
         head = native.load(folder, base.spec)
         made.append(exporter.save(out / name if len(folders) > 1 else out, head, base, name=name))
         prepare.say(f"{name} -> {made[-1]}")
+        travels = certify.travel(run_dir, made[-1], head, getattr(exporter.config, "dtype", None))
+        if travels is not None:
+            prepare.say(f"{name}: {travels}")
     return made
 
 

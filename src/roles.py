@@ -9,8 +9,9 @@ Shape suffixes are those of contracts.py: N tree nodes, C nodes of one depth, A 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -124,6 +125,13 @@ class Drafter(Protocol):
     runs_base: bool
 
     def propose(self, base: BaseView, state: State) -> Proposal: ...
+
+
+@runtime_checkable
+class RowsDrafter(Protocol):
+    """A drafter that drafts for all rows of a batch at once, each as if alone."""
+
+    def propose_rows(self, base: BaseView, states: Sequence[State]) -> list[Proposal]: ...
 
 
 class Primer(Protocol):

@@ -97,7 +97,7 @@ class KV:
         copy._lengths = list(self._lengths)
         used = max(self._lengths)
         if self._store is not None:
-            copy._hold(torch.empty_like(self._store))
+            copy._hold(torch.zeros_like(self._store))
             copy._copy_slots(self._store, used)
         if self._positions_BC is not None:
             copy._positions_BC = self._positions_BC.clone()
@@ -193,7 +193,8 @@ class KV:
             self._capacity *= 2
         batch, heads, _, head_dim = key.shape
         old, used = self._store, max(self._lengths)
-        self._hold(key.new_empty(2, len(self._lengths), batch, heads, self._capacity, head_dim))
+        # zeros: rows of a batch leave holes that nobody writes to, and a NaN there would pass through any mask
+        self._hold(key.new_zeros(2, len(self._lengths), batch, heads, self._capacity, head_dim))
         if old is not None:
             self._copy_slots(old, used)
 

@@ -1,4 +1,4 @@
-"""The proof that decoding with a head changes nothing: greedy texts token by token, sampled texts by their distribution.
+"""The proof that a head changes nothing of what is decoded: greedy texts by their tokens, sampled ones by their counts.
 
 Greedy: texts with the head are compared with references, and those of batches with those of every prompt alone
 (lossless.py). Sampled: after fixed prefixes the next token, which comes from a verification step, is drawn many times
@@ -103,9 +103,7 @@ class Greedy:
     def _rescore(self, prefix: list[int]) -> Tensor:
         return self.exact(prefix, len(prefix) - 1)[0]
 
-    def _decoded(
-        self, prompts: Sequence[Sequence[int]], contender: Contender | None, limit: int
-    ) -> list[list[int]]:
+    def _decoded(self, prompts: Sequence[Sequence[int]], contender: Contender | None, limit: int) -> list[list[int]]:
         texts: list[list[int]] = [[]] * len(prompts)
         out = decoded(self.base, prompts, contender, texts, limit, 0, eos_ids=self.eos_ids, rules=Rules())
         return [g.tokens for g in out]
@@ -134,7 +132,8 @@ def prefixes(
     eos_ids: frozenset[int],
 ) -> list[Prefix]:
     """Spread over the prompts and, in each one's text, where a chi-square of so many draws tells most: where most
-    tokens are to be drawn often enough to be a cell. The base alone chooses them; no drafter has a say."""
+    tokens are to be drawn often enough to be a cell. Every other one ends a token earlier, so that the telling token is
+    the second, behind one that is often accepted. The base alone chooses them; no drafter has a say."""
     ends = [_end(prompt, text, max_positions, eos_ids) for prompt, text in zip(prompts, texts, strict=True)]
     usable = [n for n, end in enumerate(ends) if end]
     if not usable:
@@ -144,16 +143,25 @@ def prefixes(
         n = usable[place * len(usable) // settings.prefixes]
         text = [*prompts[n], *texts[n][: ends[n]]]
         chances_AV = warp.chances(exact(text, len(prompts[n])))
-        telling_A = (chances_AV * settings.draws >= goodness.RARE).sum(-1)
-        order = telling_A.argsort(descending=True, stable=True).tolist()
+        order = _telling(chances_AV, settings.draws, place % 2).argsort(descending=True, stable=True).tolist()
         before = sum(p.prompt == n for p in found)
-        at = order[before % len(order)]
+        at = order[before // 2 % len(order)]
         tokens, chances_V = text[: len(prompts[n]) + at + 1], chances_AV[at]
         likely, later_V = int(chances_V.argmax()), None
         if float(chances_V[likely]) * settings.draws >= LATER:
             later_V = warp.chances(exact([*tokens, likely], len(tokens)))[0]
         found.append(Prefix(n, tokens, chances_V, likely, later_V))
     return found
+
+
+def _telling(chances_AV: Tensor, draws: int, behind: int) -> Tensor:
+    """[A]: how many cells so many draws will have, of the next token; behind=1: of the token after it, where the next is
+    the text's own, the likeliest."""
+    if not behind:
+        return (chances_AV * draws >= goodness.RARE).sum(-1)
+    often_A1 = chances_AV[:-1].max(-1, keepdim=True).values
+    cells_A = (chances_AV[1:] * often_A1 * draws >= goodness.RARE).sum(-1)
+    return torch.cat([cells_A, cells_A.new_zeros(1)])
 
 
 def _end(prompt: Sequence[int], text: Sequence[int], max_positions: int, eos_ids: frozenset[int]) -> int:

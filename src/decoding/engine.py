@@ -31,7 +31,7 @@ from draftsmith.decoding.rules import Chance, Rules
 from draftsmith.decoding.stats import Stats
 from draftsmith.errors import ConfigError
 from draftsmith.growth import Shape, TreeShape, Warp
-from draftsmith.roles import Drafter, Gate, Primer, Proposal, State, Verdict
+from draftsmith.roles import Drafter, Gate, Primer, Proposal, RowsDrafter, State, Verdict
 
 T = TypeVar("T")
 
@@ -128,6 +128,8 @@ def decode(
         chance = Chance(rules, seed, base.spec.max_positions, device)
         stats = Stats(accepted_by_depth=[0] * form.depth, offered_by_depth=[0] * form.depth)
         rows.append(Row(b, list(prompt), own or _RootAlone(), gate, form, chance, eos_ids, max_new_tokens, stats))
+    if not rows:
+        return []
     run = _Run(base, rows, rules, watch)
     run.prefill(primer, rooted)
     while run.rows:
@@ -231,7 +233,10 @@ class _Run:
             self.kv.reserve(self.kv.length + max(running))
         for b, row in enumerate(rows):
             row.state.kv = self.kv if alone else self.kv.row(b, row.length) if row.drafter.runs_base else None
-        return [row.propose(self.base) for row in rows]
+        states, drafter = [row.ready(self.base) for row in rows], rows[0].drafter
+        if isinstance(drafter, RowsDrafter) and all(row.drafter is drafter for row in rows):
+            return drafter.propose_rows(self.base, states)
+        return [row.drafter.propose(self.base, state) for row, state in zip(rows, states, strict=True)]
 
     def _entered(self, proposals: list[Proposal], start: int) -> tuple[int, Tensor] | None:
         """Where blocks have run for the proposals: their states, and their slots among the batch's. Rows that left

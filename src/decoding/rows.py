@@ -9,7 +9,7 @@ from draftsmith.contracts import BaseView, Capture, Needs
 from draftsmith.decoding.rules import Chance
 from draftsmith.decoding.stats import Stats
 from draftsmith.growth import Shape
-from draftsmith.roles import Drafter, Gate, Proposal, State, Verdict
+from draftsmith.roles import Drafter, Gate, State, Verdict
 
 
 @dataclass
@@ -43,11 +43,12 @@ class Row:
         """How many positions the base has below the root; negative if it has none for the root itself."""
         return base.spec.max_positions - 1 - self.length
 
-    def propose(self, base: BaseView) -> Proposal:
+    def ready(self, base: BaseView) -> State:
+        """The state to draft from, its tree cut to the positions left."""
         room = self.room(base)
         if self.state.shape.depth > room:
             self.state.shape = self.shape.cut(room)
-        return self.drafter.propose(base, self.state)
+        return self.state
 
     def advance(self, path: Sequence[int], drafted: Sequence[int], verdict: Verdict, offered: int) -> list[int]:
         """Takes what was kept, drafted[n] being node n's token; returns the emitted tokens, at least one."""
@@ -71,5 +72,6 @@ class Row:
 
 
 def only(capture: Capture, needs: Needs) -> Capture:
-    """The drafter sees what it asked for; `final` may have been captured for us alone."""
-    return Capture(capture.hidden, capture.final if needs.final else None, capture.logits if needs.logits else None)
+    """The drafter sees what it asked for; the rest was captured for other rows, or for us."""
+    hidden = {layer: h for layer, h in capture.hidden.items() if layer in needs.hidden}
+    return Capture(hidden, capture.final if needs.final else None, capture.logits if needs.logits else None)

@@ -55,16 +55,16 @@ def recursive(proposal: Proposal, chances_NV: Tensor, generator: torch.Generator
     """
     drawn = _Drawn(proposal, chances_NV, generator)
 
-    def choose(node: int, siblings: list[int]) -> tuple[int | None, Tensor]:
+    def choose(node: int, siblings: list[int]) -> int | Tensor:
         left_V, refused = chances_NV[node], False
         for child in siblings:
             q = drawn.q[child]
             p = float(left_V[drawn.tokens[child]]) if refused else drawn.p[child]
             if q > 0:
                 if drawn.uniform[child] * q < p:
-                    return child, left_V
+                    return child
                 left_V, refused = _without(left_V, drawn.drawn_NV[child]), True
-        return None, left_V
+        return left_V
 
     return drawn.walk(choose)
 
@@ -79,10 +79,10 @@ def spectr(proposal: Proposal, chances_NV: Tensor, generator: torch.Generator | 
     """
     drawn = _Drawn(proposal, chances_NV, generator)
 
-    def choose(node: int, siblings: list[int]) -> tuple[int | None, Tensor]:
+    def choose(node: int, siblings: list[int]) -> int | Tensor:
         p_V = chances_NV[node]
         if not siblings:
-            return None, p_V
+            return p_V
         q_W = drawn.drawn_NV[siblings[0]]
         if any(not torch.equal(q_W, drawn.drawn_NV[child]) for child in siblings[1:]):
             raise ConfigError(
@@ -93,8 +93,8 @@ def spectr(proposal: Proposal, chances_NV: Tensor, generator: torch.Generator | 
         rho, given = selection(p_W, q_W, len(siblings))
         for child in siblings:
             if drawn.q[child] > 0 and drawn.uniform[child] * rho * drawn.q[child] < drawn.p[child]:
-                return child, p_V
-        return None, _without(p_V, torch.minimum(p_W / rho, q_W) * given)
+                return child
+        return _without(p_V, torch.minimum(p_W / rho, q_W) * given)
 
     return drawn.walk(choose)
 
@@ -165,7 +165,7 @@ class _Drawn:
 
     def __init__(self, proposal: Proposal, chances_NV: Tensor, generator: torch.Generator | None) -> None:
         assert proposal.drawn_NV is not None, "only what was drawn can be verified by its distribution"
-        self.chances_NV, self.drawn_NV = chances_NV, proposal.drawn_NV.to(chances_NV)
+        self.drawn_NV = proposal.drawn_NV.to(chances_NV)
         self.tokens: list[int] = proposal.tokens_N.tolist()
         self.children: list[list[int]] = [[] for _ in self.tokens]
         for node, parent in enumerate(proposal.parents_N.tolist()[1:], start=1):
@@ -176,16 +176,13 @@ class _Drawn:
         self.uniform_N = uniforms((len(self.tokens),), torch.empty(0), generator)  # on the host
         self.uniform: list[float] = self.uniform_N.tolist()
 
-    def walk(self, choose: Callable[[int, list[int]], tuple[int | None, Tensor]]) -> Verdict:
-        """choose(node, its children) -> (the accepted one, _), or (None, what the bonus is drawn from, up to scale)."""
+    def walk(self, choose: Callable[[int, list[int]], int | Tensor]) -> Verdict:
+        """choose(node, its children) -> the one that is accepted, or else the distribution of the bonus."""
         path = [0]
-        while True:
-            child, left_V = choose(path[-1], self.children[path[-1]])
-            if child is None:
-                break
-            path.append(child)
-        bonus = draw(left_V[None], self.uniform_N[:1].to(left_V.device))
-        return Verdict(torch.tensor(path, device=left_V.device), int(bonus))
+        while isinstance(chosen := choose(path[-1], self.children[path[-1]]), int):
+            path.append(chosen)
+        bonus = draw(chosen[None], self.uniform_N[:1].to(chosen.device))
+        return Verdict(torch.tensor(path, device=chosen.device), int(bonus))
 
 
 def _without(p_V: Tensor, given_W: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ tokens by probability.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -32,9 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
-from draftsmith.drafting import fill
+from draftsmith.drafting import fill_rows
 from draftsmith.errors import ConfigError
-from draftsmith.growth import Level
 from draftsmith.heads.blocks import DecoderLayer, ResBlock, as_head, project
 from draftsmith.losses import linear_cross_entropy
 from draftsmith.roles import Proposal, State
@@ -189,30 +189,32 @@ class Clover(Head):
             metrics["tokens_per_step"] = (counts_K[0] + runs_KP.sum(), counts_K[0])
         return LossOut(total, batch.counts_K[2], metrics)
 
-    def propose(self, base: BaseView, state: State) -> Proposal:
-        """The block reads the positions that are new, and keeps their K/V; then level by level, each node from its
-        parent's state and its own token."""
-        seen_BAD = state.seen.hidden[self.spec.num_layers]
-        past = 0
+    def begun(self, base: BaseView, state: State) -> Tensor:
+        """h_0 [1, 1, D] at the last accepted position; the block reads all that are new, and keeps their K/V."""
+        seen_BAD, past = state.seen.hidden[self.spec.num_layers], 0
         if self.layer is not None:
             state.head_kv = base.new_kv(1) if state.head_kv is None else state.head_kv
             past = state.head_kv.length
         positions = torch.arange(past, past + seen_BAD.shape[1], device=seen_BAD.device)[None]
-        start_B1D = self.context(base, seen_BAD, positions, None, state.head_kv)[:, -1:]
-        root_B1 = torch.full((len(seen_BAD), 1), state.root, device=seen_BAD.device)
+        return self.context(base, seen_BAD, positions, None, state.head_kv)[:, -1:]
+
+    def propose(self, base: BaseView, state: State) -> Proposal:
+        return self.propose_rows(base, [state])[0]
+
+    def propose_rows(self, base: BaseView, states: Sequence[State]) -> list[Proposal]:
+        """Level by level, each node from its parent's state and its own token."""
+        start_1BD = torch.cat([self.begun(base, state) for state in states], 1)
+        roots_1B = torch.tensor([[state.root for state in states]], device=start_1BD.device)
         depth = 1
-        logits_BAV, hidden_BAD = self(base, depth, start_B1D, root_B1)
+        logits_1BV, hidden_1MD = self(base, depth, start_1BD, roots_1B)
 
-        def deeper(level: Level, tokens_C: Tensor) -> tuple[Tensor, Tensor] | None:
-            nonlocal depth, hidden_BAD
-            at_A = level.expanded_A
-            if not len(at_A):
-                return None
+        def deeper(of_M: Tensor, tokens_M: Tensor, rows_M: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal depth, hidden_1MD
             depth += 1
-            before_BAD, newest_BA = start_B1D.expand(-1, len(at_A), -1), root_B1.expand(-1, len(at_A))
+            before_1MD, newest_1M = start_1BD[:, rows_M], roots_1B[:, rows_M]
             if self.config.regressive:
-                before_BAD, newest_BA = hidden_BAD[:, level.of_C[at_A]], tokens_C[at_A].expand(len(root_B1), -1)
-            logits_BAV, hidden_BAD = self(base, depth, before_BAD, newest_BA)
-            return logits_BAV[0], hidden_BAD[0]
+                before_1MD, newest_1M = hidden_1MD[:, of_M], tokens_M[None]
+            logits_1MV, hidden_1MD = self(base, depth, before_1MD, newest_1M)
+            return logits_1MV[0], hidden_1MD[0]
 
-        return fill(state, logits_BAV[0, 0], hidden_BAD[0, 0], deeper)
+        return fill_rows(states, logits_1BV[0], hidden_1MD[0], deeper)

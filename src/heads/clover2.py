@@ -22,6 +22,7 @@ the two norms start from PyTorch's init instead of copies. Trees are static; the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -30,9 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
-from draftsmith.drafting import fill
+from draftsmith.drafting import fill_rows
 from draftsmith.errors import ConfigError
-from draftsmith.growth import Level
 from draftsmith.heads.blocks import DecoderLayer, as_head, final_norm_weight, project
 from draftsmith.losses import SoftOut, feature_distance, linear_soft_cross_entropy
 from draftsmith.roles import Proposal, State
@@ -237,24 +237,28 @@ class Clover2(Head):
         metrics["floor"] = (torch.stack(floors).sum(), counts_K[0])
         return metrics
 
-    def propose(self, base: BaseView, state: State) -> Proposal:
-        """The blocks read the positions that are new, each with the token after it, and keep their K/V; the first
-        depth follows from the last of them, the others level by level from a parent's state and its own token."""
+    def begun(self, base: BaseView, state: State) -> Tensor:
+        """g_0 [1, 1, D] at the last accepted position; the blocks read all that are new, each with the token after it,
+        and keep their K/V."""
         seen_BAD = state.seen.hidden[self.spec.num_layers]
-        rows, accepted = seen_BAD.shape[:2]
+        accepted, device = seen_BAD.shape[1], seen_BAD.device
         state.head_kv = base.new_kv(self.config.num_layers) if state.head_kv is None else state.head_kv
         past = state.head_kv.length
-        positions = torch.arange(past, past + accepted, device=seen_BAD.device)[None]
-        next_BA = torch.tensor(state.tokens[-accepted:], device=seen_BAD.device).expand(rows, -1)
-        read_BAD = self.read(base, seen_BAD, next_BA, positions, None, state.head_kv)
-        logits_BAV, state_BAD = self(base, read_BAD[:, -1:])
+        positions = torch.arange(past, past + accepted, device=device)[None]
+        next_BA = torch.tensor([state.tokens[-accepted:]], device=device)
+        return self.read(base, seen_BAD, next_BA, positions, None, state.head_kv)[:, -1:]
 
-        def deeper(level: Level, tokens_C: Tensor) -> tuple[Tensor, Tensor] | None:
-            nonlocal state_BAD
-            at_A = level.expanded_A
-            if not len(at_A):
-                return None
-            logits_BAV, state_BAD = self(base, state_BAD[:, level.of_C[at_A]], tokens_C[at_A].expand(rows, -1))
-            return logits_BAV[0], state_BAD[0]
+    def propose(self, base: BaseView, state: State) -> Proposal:
+        return self.propose_rows(base, [state])[0]
 
-        return fill(state, logits_BAV[0, 0], state_BAD[0, 0], deeper)
+    def propose_rows(self, base: BaseView, states: Sequence[State]) -> list[Proposal]:
+        """The first depth follows from the last accepted position, the others level by level from a parent's state and
+        its own token."""
+        logits_1BV, state_1MD = self(base, torch.cat([self.begun(base, state) for state in states], 1))
+
+        def deeper(of_M: Tensor, tokens_M: Tensor, rows_M: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal state_1MD
+            logits_1MV, state_1MD = self(base, state_1MD[:, of_M], tokens_M[None])
+            return logits_1MV[0], state_1MD[0]
+
+        return fill_rows(states, logits_1BV[0], state_1MD[0], deeper)

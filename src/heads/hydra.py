@@ -23,7 +23,7 @@ scaled by the length of a document, which is what their padded sequence is here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -32,9 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Drafted, Head, LossOut, Needs
-from draftsmith.drafting import fill
+from draftsmith.drafting import fill_rows
 from draftsmith.errors import ConfigError
-from draftsmith.growth import Level
 from draftsmith.heads.blocks import DecoderLayer, ResBlock, as_head
 from draftsmith.losses import SoftOut, feature_distance, linear_cross_entropy, linear_soft_cross_entropy
 from draftsmith.roles import Proposal, State
@@ -315,24 +314,19 @@ class Hydra(Head):
         return final_BAD[:, -1]
 
     def propose(self, base: BaseView, state: State) -> Proposal:
+        return self.propose_rows(base, [state])[0]
+
+    def propose_rows(self, base: BaseView, states: Sequence[State]) -> list[Proposal]:
         """Level by level: head k reads the k tokens from the root to each node that has children."""
-        context_BD = self.context(base, state)
-        root_11 = torch.tensor([[state.root]], device=context_BD.device)
-        drafted_AkD = as_head(base.embed(root_11), self)
+        context_BD = torch.cat([self.context(base, state) for state in states])
+        roots_B1 = torch.tensor([[state.root] for state in states], device=context_BD.device)
+        drafted_AkD = as_head(base.embed(roots_B1), self)
 
-        def expand() -> tuple[Tensor, Tensor]:
-            rows, nodes = len(context_BD), len(drafted_AkD)
-            logits, hidden = self(base, context_BD.repeat_interleave(nodes, 0), drafted_AkD.repeat(rows, 1, 1))
-            return logits[:nodes], hidden[:nodes]
-
-        def deeper(level: Level, tokens_C: Tensor) -> tuple[Tensor, Tensor] | None:
+        def deeper(of_M: Tensor, tokens_M: Tensor, rows_M: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal drafted_AkD
-            at_A = level.expanded_A
-            if not len(at_A):
-                return None
-            newest_A1D = as_head(base.embed(tokens_C[at_A, None]), self)
-            drafted_AkD = torch.cat([drafted_AkD[level.of_C[at_A]], newest_A1D], 1)
-            return expand()
+            newest_M1D = as_head(base.embed(tokens_M[:, None]), self)
+            drafted_AkD = torch.cat([drafted_AkD[of_M], newest_M1D], 1)
+            return self(base, context_BD[rows_M], drafted_AkD)
 
-        logits_AV, hidden_AD = expand()
-        return fill(state, logits_AV[0], hidden_AD[0], deeper)
+        logits_BV, hidden_BD = self(base, context_BD, drafted_AkD)
+        return fill_rows(states, logits_BV, hidden_BD, deeper)

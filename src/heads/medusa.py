@@ -17,6 +17,7 @@ counted token lies among their first K+1 tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -151,15 +152,22 @@ class Medusa(Head):
         return LossOut(total, count, metrics)
 
     def propose(self, base: BaseView, state: State) -> Proposal:
+        return self.propose_rows(base, [state])[0]
+
+    def propose_rows(self, base: BaseView, states: Sequence[State]) -> list[Proposal]:
         """Every depth at once; a node takes its token from the head of its depth, whatever is above it."""
-        final_1AD = cast(Tensor, state.seen.final)
-        logits_KV = self(base, final_1AD[:, -1])[0]
+        final_BD = torch.cat([cast(Tensor, state.seen.final)[:, -1] for state in states])
+        logits_BKV = self(base, final_BD)
+        told = zip(states, logits_BKV, final_BD, strict=True)
+        return [self._filled(state, logits_KV, final_D) for state, logits_KV, final_D in told]
+
+    def _filled(self, state: State, logits_KV: Tensor, final_D: Tensor) -> Proposal:
         depth = 0
 
         def deeper(level: Level, tokens_C: Tensor) -> tuple[Tensor, Tensor] | None:
             nonlocal depth
             depth += 1
             nodes = len(level.expanded_A)
-            return (logits_KV[depth].expand(nodes, -1), final_1AD[0, -1].expand(nodes, -1)) if nodes else None
+            return (logits_KV[depth].expand(nodes, -1), final_D.expand(nodes, -1)) if nodes else None
 
-        return fill(state, logits_KV[0], final_1AD[0, -1], deeper)
+        return fill(state, logits_KV[0], final_D, deeper)

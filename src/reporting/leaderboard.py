@@ -156,7 +156,7 @@ def _caption(header: Sequence[str]) -> str:
     told = {
         "step cost": "a training step over the base's forward",
         "seeds": "how many, and the range of tokens/step, which is their mean",
-        "batch": "speedup over no head, measured (predicted), of so many equal rows, the upper bound of a batch",
+        "batch": "speedup over no head, measured (predicted), of batches of so many prompts",
     }
     shown = {"batch" if name.startswith("batch") else name for name in header}
     return "; ".join(f"{name}: {what}" for name, what in told.items() if name in shown)
@@ -248,7 +248,7 @@ def _speedup(axes: Any, heads: Sequence[Entry], looks: Mapping[str, tuple[str, s
     axes.axhline(1, color=QUIET, lw=0.8)
     axes.set_xticks(range(len(sizes)), [str(n) for n in sizes])
     measured, predicted = ("filled", "hollow") if len(sizes) == 1 else ("solid", "dashed")
-    axes.set_xlabel(f"equal rows decoded together\n{measured} measured, {predicted} predicted")
+    axes.set_xlabel(f"prompts decoded together\n{measured} measured, {predicted} predicted")
     axes.set_ylabel("tokens per second over no head")
     axes.grid(axis="y", color=GRID)
     _names(axes, last, looks, 0, max(0, len(sizes) - 1))

@@ -23,7 +23,8 @@ from draftsmith.contracts import Batch, Capture, Head, LossOut, Needs
 from draftsmith.data.pack import collate
 from draftsmith.data.rows import Row, Rows
 from draftsmith.decoding import tree
-from draftsmith.decoding.engine import generate
+from draftsmith.decoding.engine import decode, generate
+from draftsmith.decoding.policies.by_probability import ByProbability
 from draftsmith.errors import ConfigError
 from draftsmith.exporters import native
 from draftsmith.heads.draft_model import DraftModel
@@ -499,6 +500,23 @@ def test_greedy_decoding_returns_the_bases_own_tokens(variant: Variant, weights:
             assert out.tokens == reference
             assert out.steps > 28 / (shape.depth + 1), "every draft was right: nothing was put to the test"
     assert base.weights_sha256() == before
+
+
+@every_drafter
+def test_in_a_batch_every_row_accepts_what_it_would_alone(variant: Variant, make: Any) -> None:
+    """Rows of different lengths, that accept differently: not only the same tokens, the same drafts were kept."""
+    base, head = make(variant, 0.0)
+    batch = a_batch(head, said_by=base)
+    train(base, head, batch, 20)
+    prompts = [batch.tokens_BT[1, :4].tolist(), list(range(30, 44)), [3, 1, 4, 1, 5]]
+    for shape in (shape_for(head), ByProbability(nodes=9, depth=head.max_depth, top_k=3)):
+        limits: Any = {"shape": shape, "max_new_tokens": 16}
+        together = decode(base, prompts, drafters=head, **limits)
+        for prompt, row in zip(prompts, together, strict=True):
+            alone = generate(base, prompt, drafter=head, **limits)
+            assert (row.tokens, row.stats.kept) == (alone.tokens, alone.stats.kept)
+            assert row.stats.offered_by_depth == alone.stats.offered_by_depth
+        assert len({tuple(row.stats.kept) for row in together}) > 1
 
 
 @every_gate

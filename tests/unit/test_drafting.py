@@ -8,8 +8,9 @@ import torch
 
 from draftsmith.contracts import Capture
 from draftsmith.decoding import tree
+from draftsmith.decoding.policies.by_probability import ByProbability
+from draftsmith.drafting import Ancestors, fill, fill_rows
 from draftsmith.errors import ConfigError
-from draftsmith.drafting import Ancestors, fill
 from draftsmith.growth import Level, TreeShape, Warp, draw
 from draftsmith.roles import Partial, State
 
@@ -97,7 +98,7 @@ def test_the_root_alone() -> None:
 
 
 def test_more_candidates_than_columns_are_refused() -> None:
-    with pytest.raises(ConfigError, match="rank 3 of a head that drafts from 3 tokens"):
+    with pytest.raises(ConfigError, match="rank 3 of a drafter that has 3 candidates"):
         fill(state_of(tree.by_widths([4])), torch.zeros(3), ROOT, lambda level, tokens_C: None)
 
 
@@ -191,6 +192,51 @@ def test_what_a_gate_sees(seed: int, renamed: bool) -> None:
         assert gate.surest[n - 1] == pytest.approx(max(chances), rel=1e-6)
 
 
+# Several rows at once
+
+
+class Walks:
+    """A deeper of `fill_rows` over paths, row by row."""
+
+    def __init__(self, roots: list[int]) -> None:
+        self.paths: list[tuple[int, ...]] = [(root,) for root in roots]
+        self.rows: list[list[int]] = []
+
+    def __call__(self, of_M: torch.Tensor, tokens_M: torch.Tensor, rows_M: torch.Tensor) -> Any:
+        told = zip(of_M.tolist(), tokens_M.tolist(), strict=True)
+        self.paths = [(*self.paths[of], token) for of, token in told]
+        assert [path[0] for path in self.paths] == [10 + row for row in rows_M.tolist()]  # the root tells the row
+        self.rows.append(rows_M.tolist())
+        return read(self.paths)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_filled_together_are_what_each_is_alone(seed: int) -> None:
+    """Trees of different shapes, static and grown, and gates that stop some rows earlier."""
+    rng = random.Random(seed)
+    shapes = [random_tree(seed + 100 * b) for b in range(4)]
+    shapes[1] = ByProbability(nodes=6, depth=3, top_k=2)  # type: ignore[call-overload]
+    gates = [Watching(rng.choice([0, 1, 2])) for _ in range(4)]
+    states = [
+        State([10 + b], 10 + b, Capture(), shape, gate=gate)
+        for b, (shape, gate) in enumerate(zip(shapes, gates, strict=True))
+    ]
+    alone = []
+    for state, gate in zip(states, gates, strict=True):
+        walk = Walk()
+        walk.paths = [(state.root,)]
+        alone.append(fill(state, logits_after((state.root,)), ROOT, walk))
+        gate.partials = []
+    walks = Walks([10, 11, 12, 13])
+    logits_BV = torch.stack([logits_after((10 + b,)) for b in range(4)])
+    together = fill_rows(states, logits_BV, ROOT.expand(4, -1), walks)
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one.tokens_N, other.tokens_N)
+        assert torch.equal(one.parents_N, other.parents_N)
+    assert len(walks.rows) <= 4
+    assert all(rows == sorted(rows) for rows in walks.rows)
+
+
 # Draws
 
 
@@ -209,7 +255,7 @@ def test_drawn_tokens_follow_the_distribution_they_are_told_with() -> None:
             logits_after((7,))[:4],
             ROOT,
             lambda level, tokens_C, walk=walk: (out := walk(level, tokens_C)) and (out[0][:, :4], out[1]),
-            draws=True,
+            draws="iid",
         )
         _, one, two = proposal.tokens_N.tolist()
         seen_VV[one, two] += 1
@@ -222,7 +268,7 @@ def test_drawn_tokens_follow_the_distribution_they_are_told_with() -> None:
 
 def test_drawn_levels_left_out_have_no_rows() -> None:
     shape, state = tree.chain(3), state_of(tree.chain(3), gate=Watching(2), warp=Warp(temperature=1.0))
-    proposal = fill(state, logits_after((7,)), ROOT, Walk(), draws=True)
+    proposal = fill(state, logits_after((7,)), ROOT, Walk(), draws="iid")
     assert len(shape.parents_N) == 4
     assert len(proposal.tokens_N) == len(proposal.drawn_NV) == 3
 
@@ -230,7 +276,7 @@ def test_drawn_levels_left_out_have_no_rows() -> None:
 def test_the_seed_decides_what_is_drawn() -> None:
     def tokens(seed: int) -> list[int]:
         state = state_of(tree.chain(4), warp=Warp(temperature=1.0), generator=torch.Generator().manual_seed(seed))
-        return fill(state, logits_after((7,)), ROOT, Walk(), draws=True).tokens_N.tolist()
+        return fill(state, logits_after((7,)), ROOT, Walk(), draws="iid").tokens_N.tolist()
 
     assert tokens(1) == tokens(1)
     assert len({tuple(tokens(seed)) for seed in range(5)}) > 1
@@ -239,7 +285,7 @@ def test_the_seed_decides_what_is_drawn() -> None:
 def test_temperature_0_and_drafters_that_choose_never_draw() -> None:
     shape, generator = tree.chain(3), torch.Generator().manual_seed(0)
     before = generator.get_state()
-    for temperature, draws in ((0.0, True), (1.0, False)):
+    for temperature, draws in ((0.0, "iid"), (1.0, None)):
         state = state_of(shape, warp=Warp(temperature=temperature), generator=generator)
         proposal = fill(state, logits_after((7,)), ROOT, Walk(), draws=draws)
         assert proposal.tokens_N.tolist() == by_path(shape, 7)
@@ -265,7 +311,6 @@ def test_levels_hold_every_node_once_below_its_parent(seed: int) -> None:
         nodes_so_far += nodes
         assert (shape.depths_N[level.nodes] == depth).all()
         assert [above[i] for i in level.above_C] == [expanded[i] for i in level.of_C] == [parents[n] for n in nodes]
-        assert level.ranks_C.tolist() == shape.ranks_N[level.nodes].tolist()
         above, expanded = nodes, [nodes[i] for i in level.expanded_A]
         assert expanded == [n for n in nodes if n in parents]
     assert nodes_so_far == list(range(len(parents)))

@@ -346,7 +346,7 @@ def test_beam_of_best_tokens_is_plain_beam_search(world, width, depth):
 
 def test_a_drawn_beams_leaves_are_paths_drawn_without_replacement():
     """Two leaves {s, t} of depth 2: p(s) p(t) / (1 - p(s)) + p(t) p(s) / (1 - p(t)) (Kool et al. 2019)."""
-    world, count, vocabulary = 2, 1500, VOCABULARY
+    world, count, vocabulary = 2, 800, VOCABULARY
     first, after = chances_after((world,)), [chances_after((world, a)) for a in range(vocabulary)]
     p_S = (torch.tensor(first)[:, None] * torch.tensor(after)).flatten().double()
     seen_SS = torch.zeros(len(p_S), len(p_S))

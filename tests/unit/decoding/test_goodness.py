@@ -86,9 +86,9 @@ def test_p_values_are_uniform_where_there_is_nothing_to_find(cells):
     assert evenly([two_sample(counts(1000), counts(3000)) for _ in range(400)]) > 1e-3
 
 
-# The figure: COUNT first pairs of tokens against p(a) p(b | a), over SEEDS seeds for every way. ALPHA is the chance that
-# any of the ways is rejected if all are exact. Two per cent of the probability, moved to the token that is least likely,
-# are found with so many draws and a threshold so low.
+# The figure: COUNT first pairs of tokens against p(a) p(b | a), over SEEDS seeds for every way. ALPHA is the chance
+# that any of the ways is rejected if all are exact, so each way's seeds share a seventh of it. With so many draws two
+# per cent of the probability are still found, if they all go to the token that is least likely.
 
 VOCABULARY, COUNT, SEEDS, ALPHA = 6, 2500, 20, 0.05
 WARP = Warp(temperature=1.0)
