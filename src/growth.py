@@ -69,7 +69,8 @@ def draw(chances_NV: Tensor, uniform_N: Tensor) -> Tensor:
     upto_NV = chances_NV.cumsum(-1)
     total_N = upto_NV[:, -1]
     below_N = torch.minimum(uniform_N * total_N, total_N.nextafter(torch.zeros_like(total_N)))
-    return torch.searchsorted(upto_NV, below_N[:, None], right=True)[:, 0]
+    at_N = torch.searchsorted(upto_NV, below_N[:, None], right=True)[:, 0]
+    return at_N.clamp(max=chances_NV.shape[1] - 1)  # of chances that are no numbers: whoever asks looks at them
 
 
 @dataclass(frozen=True)

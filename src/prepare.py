@@ -38,10 +38,13 @@ class BaseConfig:
     recipe: dict[str, Any] | None = None
     lora: LoraConfig | None = None  # an adapter to train with a head that trains one (medusa2)
     adapter: str | None = None  # the folder of a trained one
+    compile: bool = False  # torch.compile of its blocks
 
     def __post_init__(self) -> None:
         if self.lora is not None and self.adapter is not None:
             raise ConfigError("lora, adapter: give one of them; an adapter to train, or one that is trained")
+        if self.compile and (self.lora is not None or self.adapter is not None):
+            raise ConfigError("compile: not with an adapter, which changes the blocks after they were compiled")
         if (self.path is None) == (self.recipe is None):
             raise ConfigError("path, recipe: give one of them; a base to load, or how to make one")
         if self.dtype not in ("float32", "bfloat16", "float16", "float64"):
@@ -68,7 +71,7 @@ def load_base(base: BaseConfig, device: str = "cpu") -> BaseLM:
     path = base.path or str(base_folder(base))
     if base.trust_remote_code:
         say(f"trust_remote_code: running the code that {path} at revision {base.revision or 'newest'} brings")
-    return lm.load(
+    loaded = lm.load(
         path,
         revision=base.revision,
         dtype=base.dtype,
@@ -76,6 +79,7 @@ def load_base(base: BaseConfig, device: str = "cpu") -> BaseLM:
         trust_remote_code=base.trust_remote_code,
         adapter=base.adapter,
     )
+    return loaded.compile() if base.compile else loaded
 
 
 def path_of(base: BaseConfig) -> str:

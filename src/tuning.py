@@ -35,8 +35,8 @@ def tree(
     the best published tree and the chain as deep as the head goes."""
     if decoding.drafts not in (None, "best") or decoding.accept != "exact":
         raise ConfigError(
-            f"decoding.drafts={decoding.drafts}, accept={decoding.accept}: what is kept must not be left to chance; tune"
-            " with drafts=best and accept=exact"
+            f"decoding.drafts={decoding.drafts}, accept={decoding.accept}: what is kept must not be left to chance;"
+            " tune with drafts=best and accept=exact"
         )
     drafter = cast(Drafter, head)
     deepest = min(drafter.max_depth, decoding.depth or drafter.max_depth)
@@ -79,7 +79,8 @@ def halves(asked: Sequence[Asked]) -> tuple[list[list[int]], list[list[int]]]:
     before: Asked | None = None
     for one in asked:
         of_source = questions.setdefault(one.source, [])
-        if before is None or before.source != one.source or one.turn != before.turn + 1:
+        goes_on = before is not None and one.turn == before.turn + 1 and one.ids[: len(before.ids)] == before.ids
+        if not (of_source and goes_on):
             of_source.append([])
         of_source[-1].append(one.ids)
         before = one

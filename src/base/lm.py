@@ -97,6 +97,13 @@ class BaseLM:
         self.model.to(device)
         return self
 
+    def compile(self) -> BaseLM:
+        """Every block through torch.compile, for any number of tokens and slots; returns itself. The first forwards of
+        each kind (one token, several, with a mask) compile, which takes tens of seconds. It needs a C++ compiler."""
+        for layer in self._layers:
+            layer.compile(dynamic=True)
+        return self
+
     def in_float64(self) -> BaseLM:
         """A copy that computes in fp64: the judge where two fp32 forwards round differently."""
         return BaseLM(copy.deepcopy(self.model).double(), self.tokenizer, self.spec.path, self.spec.revision)

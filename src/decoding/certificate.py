@@ -30,7 +30,6 @@ from draftsmith.growth import Draws, Shape, Warp
 from draftsmith.roles import Proposal, Verdict
 
 TOGETHER = 64  # draws per batch
-LATER = 50  # draws after one first token from which on the token after it is tested too
 BRANCHES = by_widths([3, 2])  # where siblings are wanted and the head's own tree has none, or cannot be drawn
 SPREAD = 0x9E3779B1  # odd, so that the seeds of 2^32 draws differ; the golden ratio's, so that they lie far apart
 
@@ -112,7 +111,7 @@ class Greedy:
 @dataclass(frozen=True)
 class Prefix:
     """tokens: a prompt and some of the base's own text, the root last. chances_V: of the next token, exactly; likely:
-    the likeliest one; later_V: of the token after that, None where it would be drawn too seldom."""
+    the likeliest one; later_V: of the token after that, None where that would tell nothing."""
 
     prompt: int
     tokens: list[int]
@@ -147,21 +146,25 @@ def prefixes(
         before = sum(p.prompt == n for p in found)
         at = order[before // 2 % len(order)]
         tokens, chances_V = text[: len(prompts[n]) + at + 1], chances_AV[at]
-        likely, later_V = int(chances_V.argmax()), None
-        if float(chances_V[likely]) * settings.draws >= LATER:
-            later_V = warp.chances(exact([*tokens, likely], len(tokens)))[0]
-        found.append(Prefix(n, tokens, chances_V, likely, later_V))
+        likely = int(chances_V.argmax())
+        later_V = warp.chances(exact([*tokens, likely], len(tokens)))[0]
+        tells = int(_cells(later_V, settings.draws * float(chances_V[likely]))) > 1
+        found.append(Prefix(n, tokens, chances_V, likely, later_V if tells else None))
     return found
 
 
 def _telling(chances_AV: Tensor, draws: int, behind: int) -> Tensor:
-    """[A]: how many cells so many draws will have, of the next token; behind=1: of the token after it, where the next is
-    the text's own, the likeliest."""
+    """[A]: how many cells so many draws will have, of the next token; behind=1: of the token after it, where the next
+    is the text's own, the likeliest."""
     if not behind:
-        return (chances_AV * draws >= goodness.RARE).sum(-1)
+        return _cells(chances_AV, draws)
     often_A1 = chances_AV[:-1].max(-1, keepdim=True).values
-    cells_A = (chances_AV[1:] * often_A1 * draws >= goodness.RARE).sum(-1)
+    cells_A = _cells(chances_AV[1:], draws * often_A1)
     return torch.cat([cells_A, cells_A.new_zeros(1)])
+
+
+def _cells(chances_AV: Tensor, draws: int | float | Tensor) -> Tensor:
+    return (chances_AV * draws >= goodness.RARE).sum(-1)
 
 
 def _end(prompt: Sequence[int], text: Sequence[int], max_positions: int, eos_ids: frozenset[int]) -> int:
@@ -220,14 +223,16 @@ def sample(
 
     for start in range(0, len(seeds), TOGETHER):
         some = seeds[start : start + TOGETHER]
-        told: dict[str, Any] = {"max_new_tokens": 2, "rules": rules, "seeds": some, "rooted": True, "watch": watch}
+        told: dict[str, Any] = {"rules": rules, "seeds": some, "rooted": True, "watch": watch}
+        told["max_new_tokens"] = 1 if prefix.later_V is None else 2
         if contender is not None:
             told |= {"shape": contender.shape, "drafters": [contender.make(prefix.tokens, []) for _ in some]}
             if contender.gate is not None:
                 told["gates"] = [contender.gate(prefix.tokens, []) for _ in some]
-        pairs = torch.tensor([g.tokens[:2] for g in decode(base, [prefix.tokens] * len(some), **told)])
-        found.first_V += pairs[:, 0].bincount(minlength=size)
-        found.later_V += pairs[pairs[:, 0] == prefix.likely, 1].bincount(minlength=size)
+        out = torch.tensor([g.tokens for g in decode(base, [prefix.tokens] * len(some), **told)])
+        found.first_V += out[:, 0].bincount(minlength=size)
+        if prefix.later_V is not None:
+            found.later_V += out[out[:, 0] == prefix.likely, 1].bincount(minlength=size)
     return found
 
 

@@ -1,9 +1,10 @@
 """The tree of a head on this machine: the one with the most tokens per second, by what is kept times what a step costs.
 
 What is kept is exact: replayed from the positions of held-out texts (probing.py), where the drafter has no rule of its
-own for ending drafts; else counted by decoding. What a step costs is measured by decoding, all candidates interleaved:
-first everybody on few prompts, then the best of them on more. A tree's predicted speedup is that of all the texts, the
-reading of prompts included, as draftsmith evaluate counts it. It is then measured on other prompts.
+own for ending drafts; else counted by decoding. What a step costs is measured by decoding, all candidates in turn and
+again and again: first everybody on the beginnings of texts, then the best of them on whole ones. A tree's predicted
+speedup is that of all the texts, the reading of prompts included, as draftsmith evaluate counts it. It is then measured
+on other prompts.
 
 The candidates: chains of every depth; trees grown from the counts, with the nodes that are kept most often (Medusa's
 rule, arXiv 2401.10774), of every size; EAGLE-2's trees of the same sizes; published trees, cut to the depth that the
@@ -13,6 +14,7 @@ drafter goes to. So a size is found as in PPD (arXiv 2405.18628): tau(n) over th
 from __future__ import annotations
 
 import statistics
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from typing import Any, TypeVar
 from draftsmith.contracts import BaseView
 from draftsmith.decoding import measure
 from draftsmith.decoding.engine import generate
-from draftsmith.decoding.measure import Contender, Result
+from draftsmith.decoding.measure import Contender
 from draftsmith.decoding.probing import Counts, Position, kept_by, probed, replayed
 from draftsmith.decoding.stats import Stats
 from draftsmith.decoding.tree import TreeSpec
@@ -31,7 +33,8 @@ from draftsmith.roles import Drafter, Proposal, Verdict
 RANKS = 10  # best tokens per depth that a tree may take; the published ones take no more
 SAME = 0.02  # of the best speed: less is noise, and the smaller tree is preferred
 FINALISTS = 6  # of all candidates, timed again
-FEW, MANY = 3, 8  # prompts that everybody is timed on, and the finalists
+FEW, MANY = 6, 8  # prompts that everybody is timed on, and the finalists
+BEGINNING = 48  # tokens of a text that everybody is timed on
 PLAIN = "autoregressive"
 
 T = TypeVar("T")
@@ -108,7 +111,7 @@ class Optimiser:
         nodes = max(self.sizes) if self.replayable else 0
         texts = [probed(self.base, self.drafter, p, self.depth, self.once, RANKS, nodes) for p in prompts]
         candidates = self.candidates(texts, prompts)
-        costs = self.costs(candidates, spaced(prompts, FEW))
+        costs = self.costs(candidates, spaced(prompts, FEW), BEGINNING)
 
         def rate(c: Candidate) -> float:
             return costs[c.name].rate(c.counts, len(prompts))
@@ -117,7 +120,7 @@ class Optimiser:
         published = next((c for c in ranked if c.published), None)
         chain = max((c for c in candidates if c.spec.kind == "chain"), key=lambda c: c.depth)
         again = [c for c in ranked if c in ranked[:FINALISTS] or c in (published, chain)]
-        costs |= self.costs(again, spaced(prompts, MANY))
+        costs |= self.costs(again, spaced(prompts, MANY), self.how["max_new_tokens"])
         plain = costs[PLAIN].rate(plain_counts(texts), len(prompts))
         best = smallest_of_the_best(again, [rate(c) for c in again])
         table = [
@@ -167,13 +170,23 @@ class Optimiser:
         stats = self._decoded(spec, prompts)
         return Counts(stats.steps, stats.emitted, stats.accepted_by_depth)
 
-    def costs(self, candidates: Sequence[Candidate], prompts: Sequence[Sequence[int]]) -> dict[str, Cost]:
-        """By name, plain decoding's too, measured in one interleaved run."""
-        contenders = {c.name: self._contender(c) for c in candidates}
-        results = measure.measure(self.base, prompts, contenders, {}, **self.how)
-        passes = self.how["repeats"] * len(prompts)
-        prompt = statistics.median(r.stats.prefill_seconds / passes for r in results.values())
-        return {name: _cost(r, prompt, len(prompts), self.how["repeats"]) for name, r in results.items()}
+    def costs(self, candidates: Sequence[Candidate], prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Cost]:
+        """By name, plain decoding's too: everybody decodes every prompt in turn, as often as measurements are repeated,
+        at most so many tokens."""
+        how = {**self.once, "max_new_tokens": min(tokens, self.how["max_new_tokens"])}
+        company: dict[str, dict[str, Any]] = {PLAIN: {}}
+        company |= {c.name: {"drafter": self.drafter, "shape": c.spec.shape(self.depth)} for c in candidates}
+        names = list(company)
+        sweeps: list[dict[str, tuple[float, Stats]]] = []
+        for n, prompt in enumerate([prompts[0], *(p for p in prompts for _ in range(self.how["repeats"]))]):
+            sweep = {}
+            turn = n % len(names)  # nobody always follows the same one
+            for name in names[turn:] + names[:turn]:
+                began = time.perf_counter()
+                stats = generate(self.base, prompt, **how, **company[name]).stats
+                sweep[name] = (time.perf_counter() - began, stats)
+            sweeps.append(sweep)
+        return costs_of(sweeps[1:])  # everybody's first call warms up
 
     def measured(self, candidates: Mapping[str, Candidate], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """By name, what they bring on these prompts."""
@@ -253,8 +266,28 @@ def plain_counts(texts: Sequence[Sequence[Position]]) -> Counts:
     return Counts(steps, steps + len(texts))
 
 
-def _cost(result: Result, prompt: float, prompts: int, repeats: int) -> Cost:
-    stats = result.stats
-    parts = (stats.draft_seconds_per_step, stats.verify_seconds_per_step, stats.other_seconds_per_step)
-    step = (result.seconds - prompts * prompt) / max(stats.steps, 1)
-    return Cost(step, *(part / repeats for part in parts), prompt)
+def costs_of(sweeps: Sequence[Mapping[str, tuple[float, Stats]]]) -> dict[str, Cost]:
+    """What everybody's calls cost, seconds and counts by name, sweep by sweep.
+
+    On a machine that others use too, whole sweeps are slow or fast together. So a step counts relative to the median of
+    its sweep, and the median of that over the sweeps is taken.
+    """
+    steps = [{name: _per_step(*call) for name, call in sweep.items()} for sweep in sweeps]
+    loads = [statistics.median(sweep.values()) for sweep in steps]
+    usual = statistics.median(loads)
+    prompts = [
+        statistics.median(stats.prefill_seconds for _, stats in sweep.values()) / load
+        for sweep, load in zip(sweeps, loads, strict=True)
+    ]
+    found = {}
+    for name in sweeps[0]:
+        step = usual * statistics.median(own[name] / load for own, load in zip(steps, loads, strict=True))
+        total = sum((sweep[name][1] for sweep in sweeps), Stats())
+        parts = (total.draft_seconds, total.verify_seconds, total.other_seconds)
+        whole = sum(parts) or 1.0
+        found[name] = Cost(step, *(step * part / whole for part in parts), prompt=usual * statistics.fmean(prompts))
+    return found
+
+
+def _per_step(seconds: float, stats: Stats) -> float:
+    return (seconds - stats.prefill_seconds) / max(stats.steps, 1)

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 SHOWN = 20  # differences per table; certificate.json has all
-CAPTION = """Each cell: the p-value that the counts with and without drafts come from one distribution / that the counts
-come from the base's own, computed in fp64, which is the stronger test. `-`: no token but one is drawn often enough there to
-tell anything. **Bold**: does not fit."""
+CAPTION = """Each cell: the p-value that the counts with and without drafts come from one distribution / that the
+counts come from the base's own, computed in fp64, which is the stronger test. `-`: no token but one is drawn often enough
+there to tell anything. **Bold**: does not fit."""
 
 
 def lines(told: Mapping[str, Any]) -> str:
@@ -45,8 +45,8 @@ def page(told: Mapping[str, Any]) -> str:
     if plain is not None:
         parts += [
             "## Without a head",
-            "The engine's plain decoding, which the heads are compared with. Its counts are tested against the base's own"
-            " distribution only.",
+            "The engine's plain decoding, which the heads are compared with. Its counts are tested against the base's"
+            " own distribution only.",
             *_greedy({f"against {who}": g for who, g in plain["greedy"].items()}),
             _sampling({"plain": plain["sampling"]}),
         ]
@@ -64,16 +64,17 @@ def _verdict(name: str, head: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _tested(c: Mapping[str, Any], told: Mapping[str, Any]) -> str:
     cut = "".join(f", top_{k} {c[f'top_{k}']}" for k, none in (("k", None), ("p", 1.0)) if c[f"top_{k}"] != none)
-    return f"""- **Greedy**: {c["prompts"]} prompts, at most {c["max_new_tokens"]} new tokens each, compared token by token
-  with the engine's plain decoding and with Hugging Face `generate`; and in batches of {c["batch_size"]} with one by one. At a
-  difference the base is asked in fp64: it is a near tie if its best logit is above the emitted token's by at most
-  {c["near_tie"]:g} of the largest, else a mismatch; then decoding goes on from the reference's text. No mismatch may be, and one
-  near tie per {c["tokens_per_near_tie"]:,} tokens (one in fewer).
+    alone = f"{c['alpha'] / max(c['p_values'], 1):.1e}"
+    return f"""- **Greedy**: {c["prompts"]} prompts, at most {c["max_new_tokens"]} new tokens each, compared token by
+  token with the engine's plain decoding and with Hugging Face `generate`; and in batches of {c["batch_size"]} with one by one.
+  At a difference the base is asked in fp64: it is a near tie if its best logit is above the emitted token's by at most
+  {c["near_tie"]:g} of the largest, else a mismatch; then decoding goes on from the reference's text. No mismatch may
+  be, and one near tie per {c["tokens_per_near_tie"]:,} tokens (one in fewer).
 - **Sampled**: after {len(told["prefixes"])} prefixes, each a prompt and some of the base's own text, {c["draws"]} next
-  tokens with drafts and {c["draws"]} without at temperature {c["temperature"]:g}{cut}, every one with a seed of its own; and the
-  tokens after the likeliest one. The prefixes are where the base is least sure, so that counts tell something. Of the
-  {c["p_values"]} p-values none may be so small that the chance of it, in all of them together, is below {c["alpha"]:g} (Holm's
-  method: the least is held against {c["alpha"] / max(c["p_values"], 1):.1e})."""
+  tokens with drafts and {c["draws"]} without at temperature {c["temperature"]:g}{cut}, every one with a seed of its own;
+  after every other prefix it is the second token that tells, behind the likeliest first one. The prefixes are where the
+  base is least sure, so that counts tell something. The {c["p_values"]} p-values are held against alpha =
+  {c["alpha"]:g} together (Holm's method: the least of them against {alone})."""
 
 
 def _head(head: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[str]:

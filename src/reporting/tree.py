@@ -36,7 +36,8 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     """What was found, in words."""
     predicted, measured = found["predicted_speedup"], found["measured_speedup"]
     lines = [
-        f"{len(found['table'])} trees tried on {found['chosen_on']} prompts, the best measured on {found['measured_on']} others",
+        f"{len(found['table'])} trees tried on {found['chosen_on']} prompts, the best measured on"
+        f" {found['measured_on']} others",
         f"{found['name']} ({found['nodes']} nodes, {found['depth']} deep) predicted {predicted:.2f}x, measured"
         f" {measured:.2f}x ({predicted / measured - 1:+.1%}); tokens per step predicted"
         f" {found['predicted_tokens_per_step']:.2f}, measured {found['measured_tokens_per_step']:.2f}",

@@ -1,17 +1,13 @@
-"""What every drafter without training owes us. Drafters are found in src/decoding/drafters."""
+"""What every drafter without training owes us. Drafters are found in src/decoding/drafters (conftest.py)."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from draftsmith.contracts import Needs
 from draftsmith.decoding import tree
-from draftsmith.decoding.drafters.layer_skip import LayerSkip, select
 from draftsmith.decoding.engine import decode, generate
 from draftsmith.decoding.gates import Fixed
 from draftsmith.decoding.policies.by_probability import ByProbability
@@ -19,27 +15,9 @@ from draftsmith.decoding.rules import Rules
 from draftsmith.errors import ConfigError
 from draftsmith.growth import Warp
 
-FOLDER = Path(__file__).parents[2] / "src" / "decoding" / "drafters"
-MODULES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
 PROMPTS = [[7], [3, 1, 4, 1, 5, 9, 2, 6], [11, 12, 13, 11, 12, 13, 11, 12]]
 COUNT = 40
-# What a drafter would not do by default beside a random base, whose early exits seldom pay.
-SETTINGS: dict[str, dict[str, Any]] = {"EarlyExit": {"min_depth": 1}}
 SHAPES = {"static": tree.by_widths([2, 2]), "dynamic": ByProbability(6, 2, 3)}
-
-
-def kinds_in(module: str) -> list[Any]:
-    """The public classes of a module that can propose."""
-    members = vars(import_module(f"draftsmith.decoding.drafters.{module}")).values()
-    own = [m for m in members if inspect.isclass(m) and m.__module__.endswith(f".{module}")]
-    return [m for m in own if hasattr(m, "propose") and not m.__name__.startswith("_")]
-
-
-KINDS = [kind for module in MODULES for kind in kinds_in(module)]
-every_drafter = pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
-every_exact_drafter = pytest.mark.parametrize(
-    "kind", [k for k in KINDS if not getattr(k, "lossy", False)], ids=lambda k: k.__name__
-)
 
 
 @pytest.fixture(scope="module")
@@ -53,28 +31,17 @@ def answers(base: Any) -> dict[int, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def make(base: Any, answers: dict[int, list[int]]) -> Callable[[Any, int], Any]:
-    """make(kind, prompt number): the drafter with its default settings and whatever else it asks to be given."""
-
-    def of(kind: Any, i: int) -> Any:
-        config, skip = kind.Config(**SETTINGS.get(kind.__name__, {})), ()
-        if kind is LayerSkip:
-            skip = select(base, [*PROMPTS, *answers.values()], config)
-        text = [*PROMPTS[i], *answers[i]]
-        at_hand = {"config": config, "text": text, "spec": base.spec, "skip": skip}
-        asked = list(inspect.signature(kind).parameters)
-        assert set(asked) <= at_hand.keys(), f"{kind.__name__} asks for {asked}; give this test a way to make it"
-        return kind(**{name: at_hand[name] for name in asked})
-
-    return of
+def make(base: Any, answers: dict[int, list[int]], untrained: Any) -> Callable[[Any, int], Any]:
+    """make(kind, prompt number): the drafter that is told the prompt and its answer."""
+    texts = [*PROMPTS, *answers.values()]
+    return lambda kind, i: untrained(kind, base, [*PROMPTS[i], *answers[i]], texts)
 
 
-def test_every_module_holds_a_drafter() -> None:
-    assert MODULES
-    assert [module for module in MODULES if not kinds_in(module)] == []
+def test_every_module_holds_a_drafter(kinds: dict[str, list[Any]]) -> None:
+    assert kinds
+    assert [module for module, found in kinds.items() if not found] == []
 
 
-@every_drafter
 def test_it_declares_itself(kind: Any, make: Any) -> None:
     assert dataclasses.is_dataclass(kind.Config)
     assert kind.Config.__dataclass_params__.frozen
@@ -84,7 +51,6 @@ def test_it_declares_itself(kind: Any, make: Any) -> None:
     assert drafter.max_depth >= 1
 
 
-@every_drafter
 @pytest.mark.parametrize("shape", [tree.chain(1), *SHAPES.values(), None], ids=["chain1", *SHAPES, "own"])
 def test_what_it_proposes_is_a_tree_that_fits(kind: Any, shape: Any, base: Any, make: Any, recording: Any) -> None:
     drafted = 0
@@ -104,7 +70,6 @@ def test_what_it_proposes_is_a_tree_that_fits(kind: Any, shape: Any, base: Any, 
     assert drafted > 20
 
 
-@every_drafter
 def test_it_keeps_to_a_tree_cut_short_by_the_bases_last_positions(
     kind: Any, make: Any, base: Any, tiny_base: Any, recording: Any
 ) -> None:
@@ -120,13 +85,12 @@ def test_it_keeps_to_a_tree_cut_short_by_the_bases_last_positions(
         )
 
 
-@every_exact_drafter
 @pytest.mark.parametrize("shape", [None, *SHAPES.values()], ids=["own", *SHAPES])
 @pytest.mark.parametrize("i", range(len(PROMPTS)))
 def test_greedy_decoding_returns_the_bases_own_tokens(
-    kind: Any, i: int, shape: Any, base: Any, make: Any, answers: Any
+    exact_kind: Any, i: int, shape: Any, base: Any, make: Any, answers: Any
 ) -> None:
-    out = generate(base, PROMPTS[i], drafter=make(kind, i), shape=shape, max_new_tokens=COUNT)
+    out = generate(base, PROMPTS[i], drafter=make(exact_kind, i), shape=shape, max_new_tokens=COUNT)
     assert out.tokens == answers[i]
 
 
@@ -135,25 +99,22 @@ def test_and_those_are_hugging_faces(i: int, base: Any, answers: Any) -> None:
     assert answers[i] == base.generate([PROMPTS[i]], max_new_tokens=COUNT)[0]
 
 
-@every_exact_drafter
-def test_rows_decoded_together_return_the_bases_own_tokens(kind: Any, base: Any, make: Any, answers: Any) -> None:
-    drafters = [make(kind, i) for i in range(len(PROMPTS))]
+def test_rows_decoded_together_return_the_bases_own_tokens(exact_kind: Any, base: Any, make: Any, answers: Any) -> None:
+    drafters = [make(exact_kind, i) for i in range(len(PROMPTS))]
     out = decode(base, PROMPTS, drafters=drafters, max_new_tokens=COUNT)
     assert [g.tokens for g in out] == list(answers.values())
 
 
-@every_exact_drafter
-def test_a_text_with_a_temperature_is_that_without_a_drafter(kind: Any, base: Any, make: Any) -> None:
+def test_a_text_with_a_temperature_is_that_without_a_drafter(exact_kind: Any, base: Any, make: Any) -> None:
     """What is chosen, not drawn, has no part in chance."""
     for prompt, i in zip(PROMPTS, range(len(PROMPTS)), strict=True):
         plain, drafted = (
             generate(base, prompt, drafter=d, max_new_tokens=20, rules=Rules(Warp(0.8), "best"), seed=i)
-            for d in (None, make(kind, i))
+            for d in (None, make(exact_kind, i))
         )
         assert drafted.tokens == plain.tokens
 
 
-@every_drafter
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_bases_kv_holds_the_text_and_what_was_entered_of_the_proposal(
     kind: Any, shape: Any, base: Any, make: Any
@@ -177,7 +138,6 @@ def test_the_bases_kv_holds_the_text_and_what_was_entered_of_the_proposal(
     assert asked
 
 
-@every_drafter
 def test_a_gate_ends_its_drafts_if_it_is_gated(kind: Any, base: Any, make: Any) -> None:
     depths: set[int] = set()
     told = {"drafter": make(kind, 2), "gate": Fixed(1), "max_new_tokens": COUNT}
@@ -189,7 +149,6 @@ def test_a_gate_ends_its_drafts_if_it_is_gated(kind: Any, base: Any, make: Any) 
     assert depths <= {0, 1}
 
 
-@every_drafter
 def test_the_same_again_is_the_same(kind: Any, base: Any, make: Any, recording: Any) -> None:
     runs = [recording(make(kind, 2)) for _ in range(2)]
     for drafter in runs:

@@ -5,6 +5,10 @@ import torch
 
 from draftsmith.base.families import FAMILIES
 from draftsmith.contracts import BaseView, Batch, Needs
+from draftsmith.decoding.drafters.prompt_lookup import PromptLookup, PromptLookupConfig
+from draftsmith.decoding.drafters.token_recycling import TokenRecycling, TokenRecyclingConfig
+from draftsmith.decoding.engine import decode
+from draftsmith.decoding.tree import by_widths
 from draftsmith.errors import ConfigError, DataError
 
 LOGITS = Needs(logits=True)
@@ -245,3 +249,19 @@ def test_a_forward_may_begin_between_blocks(tiny_base, family):
     assert parts.length == 13
     for a, b in ((got.hidden[1], want.hidden[1]), (got.hidden[2], want.hidden[2]), (got.final, want.final)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow  # compiling takes tens of seconds
+def test_compiled_blocks_give_the_same_tokens_for_chains_trees_and_batches(tiny_base):
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [7, 7, 7], list(range(20))]
+    ways = [
+        {},
+        {"drafters": PromptLookup(PromptLookupConfig())},
+        {"drafters": [TokenRecycling(TokenRecyclingConfig()) for _ in prompts], "shape": by_widths([2, 2, 1])},
+    ]
+    eager, compiled = tiny_base("llama"), tiny_base.__wrapped__("llama").compile()
+    for way in ways:
+        told = [[g.tokens for g in decode(base, prompts, max_new_tokens=24, **way)] for base in (eager, compiled)]
+        assert told[0] == told[1]
+    assert compiled.weights_sha256() == eager.weights_sha256()
+    assert compiled.in_float64().dtype == torch.float64
