@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -113,7 +114,7 @@ def generate(
     told: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     told |= {"drafts": drafts, "accept": accept, "depth": depth, "paths": paths}
     if tree is not None:
-        told["tree"] = config.typed(config.compose("evaluate", [f"tree={tree}"]).decoding.tree, TreeSpec, "tree")
+        told["tree"] = _tree(tree)
     decoding = DecodingConfig(**told)
     given = _company(base, head, draft)
     tuned = None if head is None or given["gates"] is not None else tuned_tree(head)
@@ -122,6 +123,12 @@ def generate(
     seeds = [seed] * len(prompts)
     out = decode(base, prompts, shape=shape, rules=decoding.rules, seeds=seeds, **limits, **given)
     return out[0] if one else out
+
+
+@functools.cache  # composing takes longer than a short text
+def _tree(name: str) -> TreeSpec:
+    """A yaml of conf/tree; ConfigError names the nearest where there is no such one."""
+    return config.typed(config.compose("evaluate", [f"tree={name}"]).decoding.tree, TreeSpec, "tree")
 
 
 def _prompts(input_ids: Any) -> tuple[list[list[int]], bool]:

@@ -35,9 +35,9 @@ class BenchDecodingConfig(prepare.MachineConfig):
     repeats: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "max_new_tokens", "depth", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"bench.{name}={getattr(self, name)}: give at least 1")
+        for name, least in (("prompts", 1), ("max_new_tokens", 2), ("depth", 1), ("repeats", 1)):
+            if getattr(self, name) < least:  # the first token comes with the prompt, and is no forward of its own
+                raise ConfigError(f"bench.{name}={getattr(self, name)}: give at least {least}")
         if not self.sizes or min(self.sizes) < 1:
             raise ConfigError(f"bench.sizes={self.sizes}: give numbers of tokens, at least 1")
 

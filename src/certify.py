@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 FILE, PAGE = "certificate.json", "certificate.md"
 FORMAT, FORMAT_VERSION = "draftsmith-certificate", 1
 PROVING = ("float32", "float64")  # in which two right forwards choose alike but for near ties
+SURE = (
+    "sampling: the base is sure of every token that was drawn, which tells nothing; raise certificate.draws or"
+    " certificate.temperature"
+)
 KINDS = {"ByProbability": "eagle2", "DySpec": "dyspec", "Beam": "beam"}  # kind of tree -> its yaml in conf/tree
 
 
@@ -171,6 +175,8 @@ def _described(case: Case, name: str, head: Head, tests: Mapping[str, Any]) -> d
     else:
         reasons = _faults(found, tests)
         result = "failed" if reasons else "passed"
+        if not any(row["cells"] > 1 for way in found["sampling"].values() for row in way["tests"]):
+            reasons.append(SURE)
         if case.dtype not in PROVING:
             reasons = [f"base.dtype=float32 is the proof; this base is {case.dtype}", *reasons]
     who = {k: v for k, v in beside.told(head.beside).items() if k != "path"} if head.role == "gate" else None
@@ -203,11 +209,6 @@ def _faults(found: Mapping[str, Any], tests: Mapping[str, Any]) -> list[str]:
         if failing:
             least = min(p for row in failing for p in (row["two_sample"], row["exact"]) if p is not None)
             faults.append(f"sampling, {way}: {len(failing)} of {len(rows)} counts do not fit, p = {least:.1e}")
-    if not any(row["cells"] > 1 for way, r in found["sampling"].items() for row in r["tests"]):
-        faults.append(
-            "sampling: the base is sure of every token that was drawn, which tells nothing; raise"
-            " certificate.draws or certificate.temperature"
-        )
     return faults
 
 

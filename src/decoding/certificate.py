@@ -3,7 +3,7 @@
 Greedy: texts with the head are compared with references, and those of batches with those of every prompt alone
 (lossless.py). Sampled: after fixed prefixes the next token, which comes from a verification step, is drawn many times
 with the head and as often without it. Both counts must come from one distribution (two_sample), and each must fit the
-base's exact one in fp64 (chi_square), which is the stronger test. Every draw has a seed of its own.
+base's exact one in fp64 (chi_square). Every draw has a seed of its own.
 
 V vocabulary.
 """

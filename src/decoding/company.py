@@ -20,7 +20,7 @@ from draftsmith.decoding.drafters.token_recycling import TokenRecycling, TokenRe
 from draftsmith.decoding.measure import Contender, Make
 from draftsmith.decoding.tree import TreeSpec, chain
 from draftsmith.errors import ConfigError
-from draftsmith.growth import Shape
+from draftsmith.growth import Shape, TreeShape
 from draftsmith.roles import Drafter
 
 COMPANY = ("prompt_lookup", "token_recycling", "ngram", "layer_skip", "early_exit", "draft_model", "oracle")
@@ -58,22 +58,26 @@ def beside(
     prompts: Sequence[Sequence[int]],
     deepest: int | None,
     draft_model: Drafter | None,
+    draws: str | None = None,
 ) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
     """The company by name, and what was chosen for them on these prompts. shape: the decoding's tree for a depth.
-    deepest: an oracle's, where nothing else is said; None: no oracle, since the text is not known beforehand.
+    deepest: an oracle's, where nothing else is said; None: no oracle, since the text is not known beforehand. draws: how
+    the drafts of this text are drawn; None: they are chosen, or drawn in the drafter's own way.
 
     What learns from a text begins anew with every prompt.
     """
     company: dict[str, Contender] = {}
     chosen: dict[str, dict[str, Any]] = {}
-    small = TreeSpec("eagle2", nodes=told.nodes)
+    kind = {"iid": "chain", "distinct": "dyspec"}.get(draws or "", "eagle2")  # whose tokens can be taken so
+    small = TreeSpec(kind, nodes=told.nodes)
     if told.prompt_lookup is not None:
         company["prompt_lookup"] = Contender(always(PromptLookup(told.prompt_lookup)))
     if (recycling := told.token_recycling) is not None:
-        form = shape(TokenRecycling(recycling).max_depth, small)
+        form = _within(shape, recycling.depth, recycling.candidates, small)
         company["token_recycling"] = Contender(lambda p, a: TokenRecycling(recycling), form)
     if (ngram := told.ngram) is not None:
-        company["ngram"] = Contender(lambda p, a: NGram(ngram), shape(NGram(ngram).max_depth, small))
+        form = _within(shape, ngram.depth, ngram.candidates, small)
+        company["ngram"] = Contender(lambda p, a: NGram(ngram), form)
     if told.layer_skip is not None and base.spec.num_layers > 1:
         began = time.perf_counter()
         skip = select(base, prompts, told.layer_skip)
@@ -87,6 +91,12 @@ def beside(
         oracle = OracleConfig(told.oracle_depth or max(deepest, 1))
         company["oracle"] = Contender(lambda prompt, answer: Oracle(oracle, [*prompt, *answer]))
     return company, chosen
+
+
+def _within(shape: Shaper, depth: int, candidates: int, small: TreeSpec) -> Shape:
+    """The decoding's tree as far as a drafter goes; `small` where it asks for more candidates than the drafter has."""
+    form = shape(depth, small).cut(depth)
+    return small.shape(depth) if isinstance(form, TreeShape) and form.width > candidates else form
 
 
 def always(drafter: Drafter) -> Make:

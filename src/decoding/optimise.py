@@ -17,7 +17,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, TypeVar
 
 from draftsmith.contracts import BaseView
@@ -65,6 +65,9 @@ class Cost:
     def rate(self, counts: Counts, prompts: int) -> float:
         """Tokens per second of such decoding, prompts included."""
         return counts.tokens / (prompts * self.prompt + counts.steps * self.step)
+
+    def times(self, factor: float) -> Cost:
+        return Cost(*(factor * seconds for seconds in astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,9 @@ class Optimiser:
         published = next((c for c in ranked if c.published), None)
         chain = max((c for c in candidates if c.spec.kind == "chain"), key=lambda c: c.depth)
         again = [c for c in ranked if c in ranked[:FINALISTS] or c in (published, chain)]
-        costs |= self.costs(again, spaced(prompts, MANY), self.how["max_new_tokens"])
+        exact = self.costs(again, spaced(prompts, MANY), self.how["max_new_tokens"])
+        slower = statistics.median(exact[name].step / costs[name].step for name in exact)  # the machine, meanwhile
+        costs = {name: cost.times(slower) for name, cost in costs.items()} | exact
         plain = costs[PLAIN].rate(plain_counts(texts), len(prompts))
         best = smallest_of_the_best(again, [rate(c) for c in again])
         table = [
@@ -138,7 +143,7 @@ class Optimiser:
             }
             for c in sorted(candidates, key=lambda c: (c not in again, -rate(c)))
         ]
-        return Choice(best, published, chain, table, {c.name: costs[c.name] for c in again} | {PLAIN: costs[PLAIN]})
+        return Choice(best, published, chain, table, exact)
 
     def candidates(self, texts: Sequence[Sequence[Position]], prompts: Sequence[Sequence[int]]) -> list[Candidate]:
         """All that are tried; of trees that are one under two names the first. Shallower trees than the drafter goes
@@ -279,13 +284,14 @@ def costs_of(sweeps: Sequence[Mapping[str, tuple[float, Stats]]]) -> dict[str, C
         statistics.median(stats.prefill_seconds for _, stats in sweep.values()) / load
         for sweep, load in zip(sweeps, loads, strict=True)
     ]
+    prompt = usual * statistics.fmean(prompts)
     found = {}
     for name in sweeps[0]:
         step = usual * statistics.median(own[name] / load for own, load in zip(steps, loads, strict=True))
         total = sum((sweep[name][1] for sweep in sweeps), Stats())
-        parts = (total.draft_seconds, total.verify_seconds, total.other_seconds)
-        whole = sum(parts) or 1.0
-        found[name] = Cost(step, *(step * part / whole for part in parts), prompt=usual * statistics.fmean(prompts))
+        part = step / ((total.seconds - total.prefill_seconds) or 1.0)
+        split = (part * total.draft_seconds, part * total.verify_seconds, part * total.other_seconds)
+        found[name] = Cost(step, *split, prompt)
     return found
 
 

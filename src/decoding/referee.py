@@ -97,10 +97,10 @@ class Referee:
         source and the turn it is reported under. Sampled text is compared with plain decoding where its drafts were
         chosen, never with Hugging Face's generate, which draws other numbers."""
         deepest = max((c.shape.depth for c in own.values() if c.shape), default=4)
-        shape, greedy = self.decoding.shape, self.decoding.rules.greedy
-        company, chosen = beside(
-            self.base, self.baselines, shape, prompts, deepest if greedy else None, self.draft_model
-        )
+        shape, rules = self.decoding.shape, self.decoding.rules
+        greedy = rules.greedy
+        known, draws = (deepest, None) if greedy else (None, rules.drafts)
+        company, chosen = beside(self.base, self.baselines, shape, prompts, known, self.draft_model, draws)
         outside = {HF: self.hugging_face} if greedy else {}
         results = measure.measure(self.base, prompts, {**own, **company}, outside, **self.how)
         plain = results[PLAIN]

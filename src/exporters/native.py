@@ -34,7 +34,7 @@ SAID = ("training", "beside", "tuned")
 
 def save(folder: Path, head: Head, *, name: str, adapter: Any = None) -> Path:
     """Publishes the head whole or not at all, with what is said of it (head.said: how it was trained; who stood beside
-    the base, without whom a gate means nothing; how its threshold was chosen). adapter: the base's, if it was trained
+    the base, without whom a gate means nothing; how its threshold or its tree was chosen). adapter: the base's, if it was trained
     with the head; it goes into the folder `adapter`, in peft's format."""
     kind = type(head)
     described = {
@@ -134,6 +134,17 @@ def _whose_drafts(described: dict[str, Any]) -> str:
     return told + f" Threshold {tuned['threshold']:g}, by draftsmith tune at temperature {tuned['temperature']:g}."
 
 
+def _which_tree(tuned: Mapping[str, Any]) -> str:
+    """Of a drafter: the tree it drafts where nobody names another, and what it brought on the machine that chose it."""
+    if not tuned:
+        return ""
+    kind, nodes, depth = tuned["tree"]["kind"], tuned["nodes"], tuned["depth"]
+    return (
+        f" Its tree: {kind}, {nodes} nodes, {depth} deep, by draftsmith tune at temperature {tuned['temperature']:g}"
+        f" ({tuned['measured_speedup']:.2f}x plain decoding there, {tuned['predicted_speedup']:.2f}x predicted)."
+    )
+
+
 def _version() -> str:
     try:
         return version("draftsmith")
@@ -152,7 +163,9 @@ def _card(described: dict[str, Any], parameters: int) -> str:
         promise = f"It ends drafting early and changes nothing in the output.{_whose_drafts(described)}"
     else:
         promise = f"Greedy decoding with it returns exactly the tokens of {whose}."
-        promise = promise.replace("the tokens of the base's own.", "the base's own tokens.")
+        promise = promise.replace("the tokens of the base's own.", "the base's own tokens.") + _which_tree(
+            described["tuned"]
+        )
     return f"""# {described["name"]}
 
 A {described["role"]} ({head["_target_"].rpartition(".")[2]}, {parameters:,} parameters) for the base

@@ -7,8 +7,8 @@ from typing import Any
 
 SHOWN = 20  # differences per table; certificate.json has all
 CAPTION = """Each cell: the p-value that the counts with and without drafts come from one distribution / that the
-counts come from the base's own, computed in fp64, which is the stronger test. `-`: no token but one is drawn often enough
-there to tell anything. **Bold**: does not fit."""
+counts come from the base's own, computed in fp64. `-`: no token but one is drawn often enough there to tell anything.
+**Bold**: does not fit."""
 
 
 def lines(told: Mapping[str, Any]) -> str:
@@ -63,18 +63,20 @@ def _verdict(name: str, head: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _tested(c: Mapping[str, Any], told: Mapping[str, Any]) -> str:
+    if told["autoregressive"] is None:
+        return "Nothing: what may change the text has nothing to be compared with."
     cut = "".join(f", top_{k} {c[f'top_{k}']}" for k, none in (("k", None), ("p", 1.0)) if c[f"top_{k}"] != none)
     alone = f"{c['alpha'] / max(c['p_values'], 1):.1e}"
     return f"""- **Greedy**: {c["prompts"]} prompts, at most {c["max_new_tokens"]} new tokens each, compared token by
-  token with the engine's plain decoding and with Hugging Face `generate`; and in batches of {c["batch_size"]} with one by one.
-  At a difference the base is asked in fp64: it is a near tie if its best logit is above the emitted token's by at most
-  {c["near_tie"]:g} of the largest, else a mismatch; then decoding goes on from the reference's text. No mismatch may
-  be, and one near tie per {c["tokens_per_near_tie"]:,} tokens (one in fewer).
-- **Sampled**: after {len(told["prefixes"])} prefixes, each a prompt and some of the base's own text, {c["draws"]} next
-  tokens with drafts and {c["draws"]} without at temperature {c["temperature"]:g}{cut}, every one with a seed of its own;
-  after every other prefix it is the second token that tells, behind the likeliest first one. The prefixes are where the
-  base is least sure, so that counts tell something. The {c["p_values"]} p-values are held against alpha =
-  {c["alpha"]:g} together (Holm's method: the least of them against {alone})."""
+  token with the engine's plain decoding and with Hugging Face `generate`; and in batches of {c["batch_size"]} with one
+  by one. At a difference the base is asked in fp64: it is a near tie if its best logit is above the emitted token's
+  by at most {c["near_tie"]:g} of the largest, else a mismatch; then decoding goes on from the reference's text. No
+  mismatch may be, and one near tie per {c["tokens_per_near_tie"]:,} tokens (one in fewer).
+- **Sampled**: after {len(told["prefixes"])} prefixes, each a prompt and some of the base's own text, {c["draws"]} times
+  with drafts and {c["draws"]} times without, at temperature {c["temperature"]:g}{cut}, every time with a seed of its
+  own. The prefixes are where the base is least sure of the next token, or of the one after the likeliest next token, so
+  that counts tell something. The {c["p_values"]} p-values are held against alpha = {c["alpha"]:g} together (Holm's
+  method: the least of them against {alone})."""
 
 
 def _head(head: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[str]:

@@ -7,7 +7,6 @@ import torch
 
 from draftsmith.contracts import BaseSpec, Capture, Needs
 from draftsmith.decoding import goodness
-from draftsmith.decoding import goodness
 from draftsmith.roles import Proposal
 
 WIDTH, LAYERS, SLOTS = 12, 2, 256

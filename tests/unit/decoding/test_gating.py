@@ -11,12 +11,14 @@ from draftsmith.decoding.engine import Generation
 from draftsmith.decoding.gates import Fixed, Oracle
 from draftsmith.decoding.gating import Costs, Hearing, Trial
 from draftsmith.decoding.measure import Result
+from draftsmith.decoding.rules import Rules
 from draftsmith.decoding.stats import Stats
 from draftsmith.drafting import fill
+from draftsmith.growth import Warp
 from draftsmith.roles import Partial, Proposal, Verdict
 
 PROMPTS = [[1, 3, 2, 2, 3, 0], [4, 1]]
-HOW = {"max_new_tokens": 25, "eos_ids": frozenset(), "repeats": 1, "temperature": 0.0, "seed": 0}
+HOW = {"max_new_tokens": 25, "eos_ids": frozenset(), "repeats": 1, "rules": Rules(), "seed": 0}
 
 # Ranks and reliability
 
@@ -208,7 +210,7 @@ def test_where_the_oracle_gains_nothing_there_is_nothing_to_recover(monkeypatch)
         speeds = {"autoregressive": 4.0, "fixed_1": 8.0, "fixed_2": 10.0, "gate": 9.0, "oracle": 10.0}
         assert [*speeds][1:] == [*contenders]
         stats = Stats(steps=4, accepted_by_depth=[2], offered_by_depth=[4])
-        return {name: Result([[0] * 20], stats, 20 / speed) for name, speed in speeds.items()}
+        return {name: Result([[0] * 20], [stats], 20 / speed) for name, speed in speeds.items()}
 
     monkeypatch.setattr(measure, "measure", told)
     found = Trial(None, None, 2, HOW).bounds(Fixed(1), PROMPTS)
@@ -222,7 +224,7 @@ def test_where_the_oracle_gains_nothing_there_is_nothing_to_recover(monkeypatch)
 
 
 def test_sampled_text_has_no_oracle(toy_base, by_counts):
-    told = Trial(toy_base(), Guessing(), 2, {**HOW, "temperature": 8.0}).bounds(Fixed(1), PROMPTS)
+    told = Trial(toy_base(), Guessing(), 2, {**HOW, "rules": Rules(Warp(8.0))}).bounds(Fixed(1), PROMPTS)
     assert set(told["by_length"]) == {"fixed_1", "fixed_2", "gate"}
     assert set(told) == {"by_length", "best_fixed", "over_best_fixed"}
 
@@ -247,7 +249,7 @@ def test_costs_are_the_line_through_the_fixed_lengths(monkeypatch):
         stats = {
             n: Stats(steps=10, draft_seconds=10 * 3 * drafts[n], **seconds) for n in ("autoregressive", *contenders)
         }
-        return {name: Result([], own, 1.0) for name, own in stats.items()}
+        return {name: Result([], [own], 1.0) for name, own in stats.items()}
 
     monkeypatch.setattr(measure, "measure", told)
     costs = Trial(None, None, 4, {**HOW, "repeats": 3}).costs(Fixed(9), PROMPTS)
@@ -293,5 +295,6 @@ def test_a_run_counts_all_prompts_and_tells_who_watches(toy_base, monkeypatch):
         return Generation([1], Stats(steps=1), "length")
 
     monkeypatch.setattr(gating, "generate", generate)
-    Trial(base, Guessing(), 3, {**HOW, "temperature": 0.7, "seed": 9}).run(Fixed(2), PROMPTS)
-    assert [(how["temperature"], how["seed"], how["shape"].depth) for how in seen] == [(0.7, 9, 3)] * 2
+    rules = Rules(Warp(0.7))
+    Trial(base, Guessing(), 3, {**HOW, "rules": rules, "seed": 9}).run(Fixed(2), PROMPTS)
+    assert [(how["rules"], how["seed"], how["shape"].depth) for how in seen] == [(rules, 9, 3)] * 2

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from draftsmith.decoding.engine import generate
-from draftsmith.decoding.lossless import Lossless, compare, is_near_tie
+from draftsmith.decoding.lossless import Compared, Difference, Lossless, compare, compared, is_near_tie
 
 PROMPT = [1, 2, 3]
 
@@ -89,6 +89,38 @@ def test_stopping_early_is_a_mismatch_and_the_rest_is_still_tested(stop):
 def test_going_on_after_the_reference_stopped_is_a_mismatch():
     result = compare(PROMPT, REFERENCE[:5], slip_at(), rescore_with_gap(1.0), max_new_tokens=20)
     assert result == Lossless(1, 6, mismatches=1)
+
+
+def test_every_difference_is_listed_with_both_logits_and_its_gap():
+    """One pass gives the counts and the list; the near tie and the mismatch are told apart in both."""
+    gaps = {7: 1e-8, 9: 1e-3}
+
+    def rescore(prefix):
+        return rescore_with_gap(gaps[len(prefix)])(prefix)
+
+    found = compared(PROMPT, REFERENCE, slip_at(7, 9), rescore, number=4)
+    assert found.counts == compare(PROMPT, REFERENCE, slip_at(7, 9), rescore) == Lossless(1, 20, 1, 1)
+    near, wrong = found.differences
+    assert (near.prompt, near.position, near.expected, near.emitted, near.near_tie) == (4, 7, 7, 99, True)
+    assert (near.expected_logit, near.emitted_logit) == (1.0, 1.0 - 1e-8)
+    assert (near.gap, near.relative) == pytest.approx((1e-8, 1e-9))
+    assert (wrong.position, wrong.near_tie, wrong.expected_logit, wrong.emitted_logit) == (9, False, 1.0, 1.0 - 1e-3)
+    assert (wrong.gap, wrong.relative) == pytest.approx((1e-3, 1e-4))
+
+
+def test_who_stopped_where_the_other_did_not_is_listed_without_logits():
+    early = compared(PROMPT, REFERENCE, slip_at(stop=(10,)), rescore_with_gap(1.0)).differences
+    assert early == (Difference(0, 10, 10, None),)
+    late = compared(PROMPT, REFERENCE[:5], slip_at(), rescore_with_gap(1.0), max_new_tokens=20).differences
+    assert late == (Difference(0, 8, None, 8),)
+
+
+def test_counts_and_differences_add_up():
+    one = compared(PROMPT, REFERENCE, slip_at(7), rescore_with_gap(1e-3), number=0)
+    two = compared(PROMPT, REFERENCE, slip_at(9), rescore_with_gap(1e-8), number=1)
+    assert one + two == Compared(Lossless(2, 40, 1, 1), (*one.differences, *two.differences))
+    assert [d.prompt for d in (one + two).differences] == [0, 1]
+    assert vars(one.counts).keys() == {"prompts", "tokens", "mismatches", "near_ties"}  # what evaluation.json tells
 
 
 def test_logits_that_are_not_finite_never_tie():

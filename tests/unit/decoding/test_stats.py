@@ -22,6 +22,7 @@ def test_check_30_tokens_per_step_is_one_plus_the_products_of_conditional_accept
         tau += product
     assert stats.tokens_per_step == pytest.approx(tau) == pytest.approx(1 + 7 / 6)
     assert stats.accepted_drafts_per_step == 7 / 6
+    assert stats.kept == [3, 1, 0, 0, 1, 2]  # of every step, in order
 
 
 def test_no_step_and_no_acceptance_divide_by_nothing():
@@ -41,5 +42,6 @@ def test_merging_adds_every_field_and_micro_averages():
     assert (both.verify_seconds_per_step, both.draft_seconds_per_step) == (1.0, 0.5)
     assert both.other_seconds_per_step == 0.0
     assert both.seconds == 6.5
+    assert both.kept == [3, 0, 0, 1]
     assert a.accepted_by_depth == [1, 1, 1]
     assert a + Stats() == a

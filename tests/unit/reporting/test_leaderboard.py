@@ -39,7 +39,7 @@ def test_the_terminal_has_the_same_cells_in_columns() -> None:
     assert lines[1].split()[:4] == ["eagle3", "99", "2.25", "3.250"]
     for name, cell in (("parameters", "1,234"), ("step cost", "1.50"), ("batch 1", "1.50x (1.60)")):
         assert lines[0].index(name) + len(name) == lines[2].index(cell) + len(cell)  # one right edge
-    assert "upper bound" in lines[3]
+    assert "of batches of so many prompts" in lines[3]
 
 
 def test_what_nobody_measured_is_no_column() -> None:
@@ -60,7 +60,7 @@ def test_entries_of_an_evaluation() -> None:
         "acceptance_by_depth": [0.9],
         "speedup": 1.4,
         "terms": {"predicted_speedup": 1.5},
-        "by_batch": {"4": {"speedup": 1.2, "predicted_speedup": 1.3, "terms": {}}},
+        "by_batch": {"4": {"speedup": 1.2, "predicted_speedup": 1.3, "terms": {}, "prompts": 8}},
     }
     (plain,) = leaderboard.entries({"h": {k: v for k, v in head.items() if k != "by_batch"}})
     assert plain == Entry("h", 7, None, [2.5], [0.9], {1: (1.4, 1.5)})

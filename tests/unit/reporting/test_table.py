@@ -46,6 +46,67 @@ def test_lines_and_columns() -> None:
     assert len(lines) == 7
 
 
+def lines_of(**more: Any) -> list[str]:
+    """What is told of a head beyond the line of its proof and that of its terms."""
+    told = result()
+    told["heads"]["medusa"].update(more)
+    return table.evaluation(told).splitlines()[7:]
+
+
+def test_the_interval_and_what_was_accepted_by_depth() -> None:
+    more = {"tokens_per_step_interval": [2.314, 2.606], "acceptance_by_depth": [0.81, 0.5, 0.333]}
+    assert lines_of(**more) == [
+        "medusa: 95 % interval of tau over prompts 2.31 to 2.61; accepted by depth 0.81 0.50 0.33"
+    ]
+    assert lines_of(tokens_per_step_interval=None, acceptance_by_depth=[0.5]) == []  # a single prompt has none
+
+
+def test_parts_are_told_where_there_are_several() -> None:
+    parts = {
+        "by_source": {"maths": {"tokens_per_step": 2.5}, "code": {"tokens_per_step": 3.125}},
+        "by_turn": {"1": {"tokens_per_step": 2.0}, "2": {"tokens_per_step": 2.25}},
+        "by_context": {"0-63": {"tokens_per_step": 2.0}, "64-127": {"tokens_per_step": 1.5}},
+    }
+    assert lines_of(**parts) == [
+        "medusa: tau by source  maths: 2.50, code: 3.12",
+        "medusa: tau by turn  1: 2.00, 2: 2.25",
+        "medusa: tau by context  0-63: 2.00, 64-127: 1.50",
+    ]
+    assert lines_of(by_source={"maths": {"tokens_per_step": 2.5}}, by_turn={}, by_context=None) == []
+
+
+def test_a_line_per_batch_size() -> None:
+    four = {"tokens_per_step": 2.4, "speedup": 1.256, "prompts": 8, "same_text_as_alone": 7}
+    assert lines_of(by_batch={"4": four, "8": {**four, "speedup": 0.9, "same_text_as_alone": 8}}) == [
+        "medusa: 4 prompts together  tau 2.40, 1.26x plain decoding of the same batches; 7 of 8 texts as alone",
+        "medusa: 8 prompts together  tau 2.40, 0.90x plain decoding of the same batches; 8 of 8 texts as alone",
+    ]
+    assert lines_of(by_batch={}) == []
+
+
+def test_sampled_text_has_no_proof_and_says_what_it_is() -> None:
+    told = result()
+    del told["hf_generate"]
+    head, look_up = told["heads"]["medusa"], told["baselines"]["prompt_lookup"]
+    for r in (head, look_up):
+        r.update(lossless=None, same_text_as_plain=4, lossy=False)
+    lines = table.evaluation(told).splitlines()
+    assert [line.split()[-1] for line in lines[1:4]] == ["1.50x", "1.10x", "1.00x"]  # no count of mismatches
+    assert lines[4] == "medusa: 4 texts are those of plain decoding with the same seed"
+    assert len(lines) == 6  # and its terms
+    head["same_text_as_plain"] = 0
+    assert table.evaluation(told).splitlines()[4].startswith("medusa: 0 texts")
+    head["lossy"] = True
+    assert "medusa: LOSSY, typical acceptance: the text is not distributed as the base's" in table.evaluation(told)
+    assert "texts are those" not in table.evaluation(told)
+
+
+def test_a_baselines_proof_is_in_its_line() -> None:
+    told = result()
+    told["baselines"]["prompt_lookup"]["lossless"] = {"prompts": 4, "tokens": 99, "mismatches": 1, "near_ties": 0}
+    assert table.evaluation(told).splitlines()[2].split()[-1] == "1"
+
+
 def test_without_near_ties_and_without_heads() -> None:
     clean = result()
     clean["heads"]["medusa"]["lossless"]["near_ties"] = 0
