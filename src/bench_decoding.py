@@ -38,8 +38,20 @@ class BenchDecodingConfig(prepare.MachineConfig):
         for name, least in (("prompts", 1), ("max_new_tokens", 2), ("depth", 1), ("repeats", 1)):
             if getattr(self, name) < least:  # the first token comes with the prompt, and is no forward of its own
                 raise ConfigError(f"bench.{name}={getattr(self, name)}: give at least {least}")
-        if not self.sizes or min(self.sizes) < 1:
-            raise ConfigError(f"bench.sizes={self.sizes}: give numbers of tokens, at least 1")
+        if not self.sizes or min(self.sizes) < 1 or max(self.sizes) > self.read:
+            raise ConfigError(
+                f"bench.sizes={self.sizes}: give numbers of tokens from 1 to {self.read}, all that is read of a text of"
+                f" bench.max_new_tokens={self.max_new_tokens}"
+            )
+        if self.depth >= self.read:
+            raise ConfigError(
+                f"bench.depth={self.depth}: give less than bench.max_new_tokens={self.max_new_tokens} - 1"
+            )
+
+    @property
+    def read(self) -> int:
+        """Tokens of a text that go into forwards: all but the last."""
+        return self.max_new_tokens - 1
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -59,7 +71,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     texts = decoded[PLAIN][1]
     sizes = sorted({1, own.depth + 1, *own.sizes})
     works = {name: work for name, (work, _) in decoded.items()}
-    works |= {f"forwards_{q}": costs.forwards(base, prompts, texts, q) for q in sizes}
+    works |= {f"forwards_{q}": costs.forwards(base, prompts, texts, q) for q in (1, own.depth + 1)}
+    for q in sizes:  # whole pieces only, or the cost of so many would be that of fewer
+        works[f"pieces_{q}"] = costs.forwards(base, prompts, [t[: own.read // q * q + 1] for t in texts], q)
     works["prompts"] = costs.forwards(base, prompts, [t[:1] for t in texts], 1)
     told = _told(costs.timed(works, own.repeats), sizes, own)
     told["tokens"] = {"compared": sum(map(len, texts)), "different": _different(decoded)}
@@ -113,9 +127,8 @@ def _told(seconds: dict[str, list[float]], sizes: list[int], own: BenchDecodingC
 
     def forward(size: int) -> float:
         """Seconds of one forward of so many tokens."""
-        read = own.max_new_tokens - 1
-        whole = zip(seconds[f"forwards_{size}"], seconds["prompts"], strict=True)
-        return statistics.median(a - b for a, b in whole) / own.prompts / -(-read // size)
+        whole = zip(seconds[f"pieces_{size}"], seconds["prompts"], strict=True)
+        return statistics.median(a - b for a, b in whole) / own.prompts / (own.read // size)
 
     speedup, allowed = ratio(PLAIN, ORACLE), ratio("forwards_1", f"forwards_{own.depth + 1}")
     return {

@@ -218,18 +218,21 @@ class _Static:
         level = next(self.levels, None)
         if level is None:
             return None
+        columns = logits_AV.shape[-1]
         if self.draws is None:
-            width, columns = self.shape.width, logits_AV.shape[-1]
-            if width > columns:
-                raise ConfigError(f"decoding.paths: rank {width - 1} of a drafter that has {columns} candidates")
-            ranked_AR = best(logits_AV, width)
+            if self.shape.width > columns:
+                raise ConfigError(f"decoding.paths: rank {self.shape.width - 1} of a drafter with {columns} candidates")
+            ranked_AR = best(logits_AV, self.shape.width)
             return Picked(level, ranked_AR[level.of_C, self.shape.ranks_N[level.nodes]])
         chances_AV = self.warp.chances(logits_AV)
         if self.draws == "iid":
             drawn_CV = chances_AV[level.of_C]
             return Picked(level, draw(drawn_CV, uniforms((len(drawn_CV),), drawn_CV, self.generator)), drawn_CV)
         orders_C = self.shape.orders_N[level.nodes]
-        columns_AR = scores(chances_AV, self.generator).topk(int(orders_C.max()) + 1, dim=-1).indices
+        siblings = int(orders_C.max()) + 1
+        if siblings > columns:
+            raise ConfigError(f"decoding.paths: {siblings} siblings of a drafter with {columns} candidates")
+        columns_AR = scores(chances_AV, self.generator).topk(siblings, dim=-1).indices
         left_ARV = without_earlier(chances_AV, columns_AR)
         return Picked(level, columns_AR[level.of_C, orders_C], left_ARV[level.of_C, orders_C])
 

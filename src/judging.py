@@ -85,8 +85,8 @@ def contenders(referee: Referee, heads: Mapping[str, Head], gate: GateConfig | N
     """Drafters, under the gate that was asked for; gates with the drafter each was trained for."""
     found = {}
     gates = [name for name, head in heads.items() if head.role == "gate"]
-    if gates and referee.decoding.paths is not None:
-        raise ConfigError(f"decoding.paths: {gates[0]} is judged on chains; give decoding.depth, or neither")
+    if gates and (referee.decoding.paths is not None or referee.decoding.tree.kind not in ("auto", "chain")):
+        raise ConfigError(f"decoding.paths, tree: {gates[0]} is judged on chains; give decoding.depth, or neither")
     if gate is not None and gate.kind == "acceptance" and not gates:
         raise ConfigError("gate=acceptance: a trained one is wanted; load=[…] its folder, alone or beside others")
     for name, head in heads.items():

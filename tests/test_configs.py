@@ -18,6 +18,7 @@ from draftsmith.data.labels import LabelsConfig
 from draftsmith.data.prompts import PromptsConfig
 from draftsmith.data.settings import DataConfig
 from draftsmith.decoding.gates import KINDS, GateConfig
+from draftsmith.decoding.certificate import CertificateConfig
 from draftsmith.decoding.company import BaselinesConfig
 from draftsmith.decoding.referee import DecodingConfig
 from draftsmith.decoding.tree import KINDS as TREES
@@ -47,6 +48,7 @@ TARGETED = {"head", "exporter"}
 # what a verb's own file holds beside the groups: (verb, key) -> its dataclass
 OWN: dict[tuple[str, str], type] = {
     ("evaluate", "prompts"): PromptsConfig,
+    ("evaluate", "certificate"): CertificateConfig,
     ("tune", "prompts"): PromptsConfig,
     ("bakeoff", "selection"): PromptsConfig,
     ("bakeoff", "prompts"): PromptsConfig,

@@ -34,8 +34,8 @@ SAID = ("training", "beside", "tuned")
 
 def save(folder: Path, head: Head, *, name: str, adapter: Any = None) -> Path:
     """Publishes the head whole or not at all, with what is said of it (head.said: how it was trained; who stood beside
-    the base, without whom a gate means nothing; how its threshold or its tree was chosen). adapter: the base's, if it was trained
-    with the head; it goes into the folder `adapter`, in peft's format."""
+    the base, without whom a gate means nothing; how its threshold or its tree was chosen). adapter: the base's, if it
+    was trained with the head; it goes into the folder `adapter`, in peft's format."""
     kind = type(head)
     described = {
         "format": FORMAT,
@@ -136,7 +136,7 @@ def _whose_drafts(described: dict[str, Any]) -> str:
 
 def _which_tree(tuned: Mapping[str, Any]) -> str:
     """Of a drafter: the tree it drafts where nobody names another, and what it brought on the machine that chose it."""
-    if not tuned:
+    if "tree" not in tuned:
         return ""
     kind, nodes, depth = tuned["tree"]["kind"], tuned["nodes"], tuned["depth"]
     return (
@@ -163,9 +163,8 @@ def _card(described: dict[str, Any], parameters: int) -> str:
         promise = f"It ends drafting early and changes nothing in the output.{_whose_drafts(described)}"
     else:
         promise = f"Greedy decoding with it returns exactly the tokens of {whose}."
-        promise = promise.replace("the tokens of the base's own.", "the base's own tokens.") + _which_tree(
-            described["tuned"]
-        )
+        promise = promise.replace("the tokens of the base's own.", "the base's own tokens.")
+        promise += _which_tree(described["tuned"])
     return f"""# {described["name"]}
 
 A {described["role"]} ({head["_target_"].rpartition(".")[2]}, {parameters:,} parameters) for the base

@@ -176,8 +176,9 @@ def _identity(told: Mapping[str, Any]) -> str:
 
 def _again(told: Mapping[str, Any]) -> str:
     return (
-        f"```bash\n{' '.join(told['command'])}\n```\n\n`…` stands for your own folders. Seeds:"
-        f" {', '.join(f'{k} {v}' for k, v in told['seeds'].items())}. certificate.json has every setting, count and"
+        f"```bash\n{' '.join(told['command'])}\n```\n\n`…` stands for your own folders. prompts.seed was"
+        f" {told['seeds']['prompts']}, decoding.seed {told['seeds']['decoding']}; the seeds of the"
+        f" {told['seeds']['draws']:,} draws follow from the latter. certificate.json has every setting, count and"
         " difference."
     )
 

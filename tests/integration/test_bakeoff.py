@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,7 @@ def test_it_compares_and_goes_on_where_it_stopped(training: list[str], tmp_path:
     assert head["lossless"]["ok"]
     assert head["by_batch"]["2"]["speedup"] > 0
     assert head["by_batch"]["2"]["predicted_speedup"] == head["by_batch"]["2"]["terms"]["predicted_speedup"] > 0
+    assert (head["by_batch"]["2"]["prompts"], head["by_batch"]["2"]["same_text_as_alone"]) == (2, 2)
     assert len(result["other_seeds"]["medusa"]) == 1
     assert (out / "leaderboard.md").read_text().startswith("| head | parameters | step cost | tokens/step | seeds |")
     assert {p.name for p in out.glob("leaderboard.*")} == {"leaderboard.md", "leaderboard.svg", "leaderboard.png"}
@@ -65,6 +67,33 @@ def test_evaluate_of_two_heads_writes_a_leaderboard(training: list[str], tmp_pat
     assert "| medusa |" in table
     assert "| medusa5 |" in table
     assert "| batch 1 | batch 2 |" in table
+
+
+def test_every_way_to_decode_is_judged_beside_all_baselines(training: list[str], tmp_path: Path) -> None:
+    """Sampled and lossy texts say what they are; a wide tree is no baseline's that has not so many candidates."""
+    assert call("train", *training, "head=[medusa]", "trainer.max_steps=2", "run_dir=out", cwd=tmp_path)[0] == 0
+    short = ["prompts.synthetic=3", "decoding.max_new_tokens=8", "repeats=1", "baselines=all", "run_dir=out"]
+
+    def judged(*given: str) -> tuple[dict[str, Any], str]:
+        code, output = call("evaluate", *short, *given, cwd=tmp_path)
+        assert code == 0, output
+        found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+        assert {"prompt_lookup", "token_recycling", "ngram"} <= set(found["baselines"])
+        return found["heads"]["medusa"], output
+
+    head, output = judged("decoding=typical")
+    assert (head["lossy"], head["lossless"]) == (True, None)
+    assert "medusa: LOSSY, typical acceptance" in output
+    head, output = judged("decoding=sampling", "batch_sizes=[1,3]")
+    assert (head["lossy"], head["same_text_as_plain"], head["by_batch"]["3"]["same_text_as_alone"]) == (False, 3, 3)
+    assert "medusa: 3 texts are those of plain decoding with the same seed" in output
+    assert "medusa: 3 prompts together  tau " in output
+    head, output = judged("decoding=sampling", "decoding.drafts=iid")
+    assert head["lossy"] is False
+    head, output = judged("tree=mc_sim_7b_63")
+    assert head["lossless"]["ok"]
+    assert head["tree"]["depth"] == 3
+    assert "95 % interval of tau over prompts" in output
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from draftsmith.base import lm
+from draftsmith.decoding import costs
 
 from .conftest import call
 
@@ -48,6 +49,25 @@ def test_files_and_figures(micro: Path, tmp_path: Path) -> None:
     assert "-> out/bench_decoding.json" in output
 
 
+def test_the_cost_of_so_many_tokens_is_of_whole_pieces(
+    micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forwards of q tokens that take q + 1 seconds. Of the 8 tokens of a text that are read, 3 go in twice and 5 once;
+    what the oracle is allowed has a shorter last piece."""
+
+    def forwards(base: Any, prompts: Any, texts: Any, size: int) -> Any:
+        read = [t[:-1] for t in texts]
+        pieces = [len(t[i : i + size]) for t in read for i in range(0, len(t), size)]
+        return lambda: sum(len(p) + 1.0 for p in prompts) + sum(n + 1.0 for n in pieces)
+
+    monkeypatch.setattr(costs, "forwards", forwards)
+    code, output = bench(micro, tmp_path, "bench.sizes=[5,8]")
+    assert code == 0, output
+    found = told(tmp_path)
+    assert found["forward_cost"] == pytest.approx({"1": 1, "3": 4 / 2, "5": 6 / 2, "8": 9 / 2})
+    assert found["oracle"]["allowed"] > 1
+
+
 def test_other_tokens_end_it_after_they_are_told(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32; in bf16 rounding decides, and the count is told."""
 
@@ -73,6 +93,8 @@ def test_other_tokens_end_it_after_they_are_told(micro: Path, tmp_path: Path, mo
         ("bench.depth=0", "bench.depth=0: give at least 1"),
         ("bench.sizes=[]", "bench.sizes=[]: give numbers of tokens"),
         ("bench.sizes=[0]", "bench.sizes=[0]: give numbers of tokens"),
+        ("bench.sizes=[9]", "bench.sizes=[9]: give numbers of tokens from 1 to 8, all that is read"),
+        ("bench.depth=8", "bench.depth=8: give less than bench.max_new_tokens=9 - 1"),
         ("bench.max_new_tokens=999", "max_new_tokens: prompt 0 has"),
     ],
 )

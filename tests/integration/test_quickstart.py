@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from draftsmith import generate, load_base, load_head
+from draftsmith.data import synthetic
+from draftsmith.decoding.stats import Stats
 from draftsmith.prepare import cache_dir
 
 from .conftest import draftsmith, finish, start
@@ -53,6 +55,11 @@ def test_evaluation_json(run: tuple[Path, str]) -> None:
     assert set(proof["against"]) == {"autoregressive", "hf_generate"}
     assert head["tokens_per_step"] >= 2.7
     assert head["accepted_drafts_per_step"] == pytest.approx(head["tokens_per_step"] - 1)
+    low, high = head["tokens_per_step_interval"]
+    assert low < head["tokens_per_step"] < high
+    assert sum(head["time"].values()) == pytest.approx(1)
+    for kind in ("by_source", "by_turn", "by_context"):
+        assert sum(part["steps"] for part in head[kind].values()) == head["steps"]
     product, tau = 1.0, 1.0
     for a in head["acceptance_by_depth"]:
         product *= a
@@ -72,13 +79,17 @@ def test_the_head_loads_and_changes_nothing(run: tuple[Path, str]) -> None:
     result = json.loads((run[0] / "evaluation.json").read_text())
     base = load_base(result["base"]["path"])
     head = load_head(run[0] / "heads" / "medusa", base=base)
-    ids = base.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Count from 3 to 9 for Anna."}], add_generation_prompt=True, return_dict=True
-    )["input_ids"]
-    fast, plain = (generate(base, ids, head=h, max_new_tokens=64) for h in (head, None))
-    assert fast.tokens == plain.tokens
-    assert fast.tokens_per_step > 2 > plain.tokens_per_step == 1
-    assert fast.steps < plain.steps
+    asked = [
+        base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for messages in synthetic.prompts(8, seed=4321)
+    ]
+    fast, plain = (generate(base, asked, head=h, max_new_tokens=64) for h in (head, None))
+    assert [g.tokens for g in fast] == [g.tokens for g in plain]
+    assert all(one.steps < other.steps for one, other in zip(fast, plain, strict=True))
+    sums = [sum((g.stats for g in texts), Stats()) for texts in (fast, plain)]
+    assert sums[0].tokens_per_step > 2 > sums[1].tokens_per_step == 1  # a single text may be one the base is lost in
+    alone = generate(base, asked[0], head=head, max_new_tokens=64)
+    assert (alone.tokens, alone.steps) == (fast[0].tokens, fast[0].steps)
 
 
 def test_train_alone_is_self_sufficient_and_finds_base_and_rows(run: tuple[Path, str], tmp_path: Path) -> None:

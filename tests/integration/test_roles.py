@@ -130,7 +130,7 @@ def test_what_a_gate_was_tuned_on_is_not_what_it_is_judged_on(
 def test_sampled_evaluation_claims_no_token_by_token_proof(folder: Path, gate: Path) -> None:
     made(run(folder, "evaluate", f"load=[{gate}]", "decoding.temperature=1.0", "run_dir=sampled", *SHORT))
     found = json.loads((folder / "sampled" / "evaluation.json").read_text())
-    assert found["heads"]["acceptance"]["lossless"] is None
+    assert (found["heads"]["acceptance"]["lossless"], found["heads"]["acceptance"]["lossy"]) == (None, False)
     assert "oracle" not in found["heads"]["acceptance"]["gate"]["by_length"]
     assert "hf_generate" not in found
 
@@ -305,6 +305,7 @@ def test_gates_that_do_not_fit_are_refused(folder: Path, gate: Path, hydra: Path
         ([f"load=[{hydra}]", "gate=confidence", "gate.threshold=null"], "threshold: null"),
         ([f"load=[{hydra}]", "gate=oracle", "decoding.temperature=1"], "knows a greedy text only"),
         ([f"load=[{gate}]", "decoding.paths=[[0],[1]]"], "is judged on chains"),
+        ([f"load=[{gate}]", "tree=eagle2"], "is judged on chains"),
         ([f"load=[{primer}]", "gate=fixed"], "nobody drafts here"),
         ([f"load=[{primer}]", "prompt_lengths=[2000]"], "prompt_lengths=[2000]"),
     ):
@@ -312,11 +313,12 @@ def test_gates_that_do_not_fit_are_refused(folder: Path, gate: Path, hydra: Path
         assert code == 2, output
         assert told in output
     for given, told in (
-        ([f"load=[{hydra}]"], "nothing to tune"),
+        ([f"load=[{primer}]"], "nothing to tune"),
         ([f"load=[{gate}]", "decoding.paths=[[0]]"], "chains"),
+        ([f"load=[{gate}]", "tree=eagle2"], "chains"),
     ):
         code, output = call("tune", *where, *given, cwd=folder)
-        assert code == 2
+        assert code == 2, output
         assert told in output
 
 
@@ -369,5 +371,13 @@ def test_a_draft_model_of_another_tokenizer_is_refused_by_the_api(folder: Path) 
     base, other = load_base(folder / "base"), load_base(folder / "other")
     with pytest.raises(DataError, match="another tokenizer"):
         generate(base, [11, 12], draft=other)
-    with pytest.raises(ConfigError, match="drawn are a chain"):
-        generate(base, [11, 12], draft=load_base(folder / "draft"), temperature=1.0, paths=[[0], [1]])
+
+
+def test_a_draft_model_draws_trees(folder: Path) -> None:
+    """Siblings are draws of their own; a tree of the likeliest nodes cannot be drawn."""
+    base, draft = load_base(folder / "base"), load_base(folder / "draft")
+    how: dict[str, Any] = {"draft": draft, "temperature": 1.0, "max_new_tokens": 20}
+    assert len(generate(base, [11, 12], paths=[[0], [1], [0, 0]], **how).tokens) == 20
+    assert len(generate(base, [11, 12], tree="dyspec", drafts="distinct", **how).tokens) == 20
+    with pytest.raises(ConfigError, match="tree=eagle2 takes the best tokens"):
+        generate(base, [11, 12], tree="eagle2", drafts="distinct", **how)

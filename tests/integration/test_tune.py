@@ -1,4 +1,4 @@
-"""draftsmith tune on a drafter: a tree is chosen, measured, stored with the head, and used by whoever decodes with it."""
+"""draftsmith tune on a drafter: a tree is chosen, measured, stored with it, and used by whoever decodes with it."""
 
 import json
 import shutil

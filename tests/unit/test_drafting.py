@@ -98,7 +98,7 @@ def test_the_root_alone() -> None:
 
 
 def test_more_candidates_than_columns_are_refused() -> None:
-    with pytest.raises(ConfigError, match="rank 3 of a drafter that has 3 candidates"):
+    with pytest.raises(ConfigError, match="rank 3 of a drafter with 3 candidates"):
         fill(state_of(tree.by_widths([4])), torch.zeros(3), ROOT, lambda level, tokens_C: None)
 
 

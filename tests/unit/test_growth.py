@@ -276,7 +276,7 @@ def slow_beams(world, width, top_k, depth):
 
 @pytest.mark.parametrize("world", range(12))
 @pytest.mark.parametrize(
-    ("nodes", "depth", "top_k"), [(1, 3, 2), (2, 3, 3), (9, 3, 2), (12, 4, 3), (40, 3, 6), (30, 5, 6)]
+    ("nodes", "depth", "top_k"), [(1, 3, 2), (2, 3, 3), (9, 3, 2), (12, 4, 3), (40, 3, 6), (30, 5, 6), (30, 5, 10)]
 )
 def test_by_probability_keeps_the_likeliest_of_everything(world, nodes, depth, top_k):
     proposal = grown(ByProbability(nodes, depth, top_k), world=world)

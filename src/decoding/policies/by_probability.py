@@ -64,7 +64,7 @@ class _Growing(Unrolled):
         if not len(stays_C):
             return None
         logs_C = logs_P[stays_C]
-        expanded_A = largest(logs_C, top_k) if self.left > 1 else stays_C[:0]
+        expanded_A = largest(logs_C, self.shape.top_k) if self.left > 1 else stays_C[:0]
         self.logs.append(logs_C)
         self.above_A = logs_C[expanded_A]
         of_C = stays_C // top_k

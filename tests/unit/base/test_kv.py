@@ -158,7 +158,8 @@ class Batch:
             for layer in range(entered):
                 holds(self.write(view, layer, [drafted]), 0, self.texts[b][layer] + drafted[layer])
             view.keep(length, torch.tensor(path))
-            assert [view.get_seq_length(x) for x in range(LAYERS)] == [length + count * (x < entered) for x in range(LAYERS)]
+            expected = [length + count if layer < entered else length for layer in range(LAYERS)]
+            assert [view.get_seq_length(layer) for layer in range(LAYERS)] == expected
             nodes[b] = [[layer[i] for i in path] for layer in drafted]
         assert self.kv.length == start, "views have lengths of their own"
         if entered and used:
@@ -231,7 +232,7 @@ def test_a_row_is_a_view_of_the_same_memory_with_lengths_of_its_own():
     assert view.windowed
     assert (view.length, kv.length) == (3, 5)
     assert view.place(torch.tensor([[70]]), 0).tolist() == [[0, 1, 2, 70]]
-    keys, values = view.update(one, 2 * one, 0)
+    keys, _ = view.update(one, 2 * one, 0)
     assert torch.equal(keys[0, :, :3], key[1, :, :3])
     assert (view.get_seq_length(0), view.length, kv.get_seq_length(0)) == (4, 3, 5)
     whole = kv.update(torch.zeros(3, HEADS, 1, DIM), torch.zeros(3, HEADS, 1, DIM), 0)

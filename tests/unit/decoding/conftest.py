@@ -13,9 +13,9 @@ WIDTH, LAYERS, SLOTS = 12, 2, 256
 
 
 class ToyKV:
-    """contracts.KV, a tensor per layer and row: what the layer read in every slot, and its position there. Stricter than
-    the real one: a slot that was never written, or that a row forgot, holds NaN, and a view may not write where no room
-    was reserved."""
+    """contracts.KV, a tensor per layer and row: what the layer read in every slot, and its position there. Stricter
+    than the real one: a slot that was never written, or that a row forgot, holds NaN, and a view may not write where no
+    room was reserved."""
 
     def __init__(self, memory=()):
         self.memory = memory or [[] for _ in range(LAYERS)]  # [layer][row] -> [SLOTS, WIDTH + 1]
@@ -128,7 +128,10 @@ class ToyBase:
             kv.write(layer, hidden_BQD, positions_BQ)
             if layer == 0 or self.second is not None:
                 held = [slots[: past + count] for slots in kv.memory[layer]]
-                seen = [self.attend(layer, *each) for each in zip(held, positions_BQ, mask.expand(rows, -1, -1))]
+                seen = [
+                    self.attend(layer, *each)
+                    for each in zip(held, positions_BQ, mask.expand(rows, -1, -1), strict=True)
+                ]
                 hidden_BQD = (torch.stack(seen) + (hidden_BQD if layer else 0)) % 17
         return hidden_BQD
 

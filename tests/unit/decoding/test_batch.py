@@ -13,12 +13,21 @@ from draftsmith.decoding.engine import decode, generate
 from draftsmith.decoding.gates import Fixed
 from draftsmith.decoding.policies.beam import Beam
 from draftsmith.decoding.rules import Rules
-from draftsmith.drafting import Ancestors, fill
+from draftsmith.drafting import fill
 from draftsmith.errors import ConfigError
 from draftsmith.growth import Warp
 from draftsmith.roles import Proposal
 
-EIGHT = [[3], [1, 3, 2, 2, 3, 0], [4, 4, 1], [0, 1, 2, 3, 4, 0, 1, 2, 3], [2, 2], [1, 0, 4, 3, 2], [0] * 7, [3, 1, 4, 1]]
+EIGHT = [
+    [3],
+    [1, 3, 2, 2, 3, 0],
+    [4, 4, 1],
+    [0, 1, 2, 3, 4, 0, 1, 2, 3],
+    [2, 2],
+    [1, 0, 4, 3, 2],
+    [0] * 7,
+    [3, 1, 4, 1],
+]
 ROOMY = Beam(2, 6)  # only its bounds count: of a depth of six, thirteen nodes
 BRANCHED = tree.from_paths([[0], [1], [2], [0, 0], [1, 0], [1, 1], [1, 1, 0], [1, 1, 1]])
 EVERYTHING = Needs(hidden=frozenset({0, 2}), final=True, logits=True)
@@ -89,7 +98,7 @@ def test_check_30_exact_counts(base, shape, right, prompts):
 
 def simulated(prompt, text, rights, depth, limit, eos, positions):
     """The slow oracle of the bookkeeping: (new tokens, finish, accepted per step, offered per step)."""
-    new, kept, offered, finish = [text[0]], [], [], None
+    new, kept, offered = [text[0]], [], []
     whole = 1  # tokens before the cut
     while True:
         cut = next((i for i, t in enumerate(new) if t == eos), len(new))
@@ -368,7 +377,7 @@ def test_a_rooted_text_up_to_the_last_position(toy_base):
     base = toy_base(vocab=5, max_positions=12)
     text = base.continuation([1, 2], 11)
     for length in (8, 11, 12):
-        out = decode(base, [([1, 2] + text)[:length]], rooted=True, max_new_tokens=20)[0]
+        out = decode(base, [[1, 2, *text][:length]], rooted=True, max_new_tokens=20)[0]
         assert (out.tokens, out.finish) == (text[length - 2 :], "positions")
 
 
@@ -381,7 +390,7 @@ def test_what_does_not_go_together_is_refused(base, scripted):
             raise AssertionError("not to be asked")
 
     for how in ({"prompts": EIGHT[:2]}, {"prompts": EIGHT[1:2], "rooted": True}):
-        with pytest.raises(ConfigError, match="primer: .*one by one"):
+        with pytest.raises(ConfigError, match=r"primer: .*one by one"):
             decode(base, primer=Priming(), max_new_tokens=3, **how)
     with pytest.raises(ConfigError, match="prompt: 1 tokens; give 2 to"):
         decode(base, EIGHT, rooted=True, max_new_tokens=3)

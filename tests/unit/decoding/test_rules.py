@@ -161,9 +161,7 @@ def joint(base, prompt, warp):
     p_VVV = torch.zeros(vocab, vocab, vocab, dtype=torch.float64)
     apart_VVV = torch.zeros_like(p_VVV)
     for a, b in itertools.product(range(vocab), repeat=2):
-        p_V, p_of_a_V, p_of_ab_V = (
-            warp.chances(base.logits([*prompt, *more])[None])[0] for more in ([], [a], [a, b])
-        )
+        p_V, p_of_a_V, p_of_ab_V = (warp.chances(base.logits([*prompt, *more])[None])[0] for more in ([], [a], [a, b]))
         p_VVV[a, b], apart_VVV[a, b] = p_V[a] * p_of_a_V[b] * p_of_ab_V, p_V[a] * p_of_a_V[b] * p_of_a_V
     assert float(p_VVV.sum()) == pytest.approx(1)
     return p_VVV, apart_VVV
