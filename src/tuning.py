@@ -31,8 +31,8 @@ NEVER = 2.0  # above every probability
 def tree(
     base: BaseLM, head: Head, asked: Sequence[Asked], decoding: DecodingConfig, settings: TuneConfig
 ) -> dict[str, Any]:
-    """The tree that promises the most tokens per second on every other prompt, and what it brings on the rest, beside
-    the best published tree and the chain as deep as the head goes."""
+    """The tree that promises the most tokens per second on the prompts of every other question, and what it brings on
+    the rest, as predicted and as measured, beside the best published tree and the chain as deep as the head goes."""
     if decoding.drafts not in (None, "best") or decoding.accept != "exact":
         raise ConfigError(
             f"decoding.drafts={decoding.drafts}, accept={decoding.accept}: what is kept must not be left to chance;"
@@ -43,24 +43,20 @@ def tree(
     chosen_on, measured_on = halves(asked)
     optimiser = Optimiser(base, drafter, deepest, _how(base, decoding, settings), settings.sizes, published())
     choice = optimiser.choose(chosen_on)
-    measured = optimiser.measured(choice.compared, measured_on)
+    predicted, measured = optimiser.predicted(choice, measured_on), optimiser.measured(choice, measured_on)
 
     def both(name: str) -> dict[str, Any]:
-        predicted = next(row for row in choice.table if row["name"] == name)
         kept = ("tokens_per_step", "tokens_per_second", "speedup")
-        return {
-            "name": name,
-            **{f"predicted_{k}": predicted[k] for k in kept},
-            **{f"measured_{k}": measured[name][k] for k in kept},
-        }
+        parts = {"promised": choice.row(name), "predicted": predicted[name], "measured": measured[name]}
+        figures = {f"{part}_{k}": told[k] for part, told in parts.items() for k in kept}
+        return {"name": name, **figures, "measured_interval": measured[name]["interval"]}
 
-    own = both(choice.best.name)
     return {
         "tree": dataclasses.asdict(choice.best.spec),
         "nodes": choice.best.nodes,
         "depth": choice.best.depth,
         "temperature": decoding.temperature,
-        **own,
+        **both(choice.best.name),
         "published": None if choice.published is None else both(choice.published.name),
         "chain": both(choice.chain.name),
         "shares": optimiser.shares(choice.best, chosen_on),

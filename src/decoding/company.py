@@ -61,8 +61,8 @@ def beside(
     draws: str | None = None,
 ) -> tuple[dict[str, Contender], dict[str, dict[str, Any]]]:
     """The company by name, and what was chosen for them on these prompts. shape: the decoding's tree for a depth.
-    deepest: an oracle's, where nothing else is said; None: no oracle, since the text is not known beforehand. draws: how
-    the drafts of this text are drawn; None: they are chosen, or drawn in the drafter's own way.
+    deepest: an oracle's, where nothing else is said; None: no oracle, since the text is not known beforehand. draws:
+    how the drafts of this text are drawn; None: they are chosen, or drawn in the drafter's own way.
 
     What learns from a text begins anew with every prompt.
     """

@@ -2,9 +2,9 @@
 
 What is kept is exact: replayed from the positions of held-out texts (probing.py), where the drafter has no rule of its
 own for ending drafts; else counted by decoding. What a step costs is measured by decoding, all candidates in turn and
-again and again: first everybody on the beginnings of texts, then the best of them on whole ones. A tree's predicted
-speedup is that of all the texts, the reading of prompts included, as draftsmith evaluate counts it. It is then measured
-on other prompts.
+again and again: first everybody on the beginnings of texts, then the best of them on whole ones. A tree's speedup is
+that of all the texts, the reading of prompts included, as draftsmith evaluate counts it. It is then measured on other
+prompts, beside what is to be expected there: prompts differ, so what is kept on some is no promise for others.
 
 The candidates: chains of every depth; trees grown from the counts, with the nodes that are kept most often (Medusa's
 rule, arXiv 2401.10774), of every size; EAGLE-2's trees of the same sizes; published trees, cut to the depth that the
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from draftsmith.contracts import BaseView
 from draftsmith.decoding import measure
+from draftsmith.decoding.breakdown import interval
 from draftsmith.decoding.engine import generate
 from draftsmith.decoding.measure import Contender
 from draftsmith.decoding.probing import Counts, Position, kept_by, probed, replayed
@@ -87,6 +88,9 @@ class Choice:
         told = (self.best, self.published, self.chain)
         return {c.name: c for c in told if c is not None}
 
+    def row(self, name: str) -> dict[str, Any]:
+        return next(row for row in self.table if row["name"] == name)
+
 
 @dataclass
 class Optimiser:
@@ -111,8 +115,7 @@ class Optimiser:
 
     def choose(self, prompts: Sequence[Sequence[int]]) -> Choice:
         """The best tree for these prompts, and how it stands among the others."""
-        nodes = max(self.sizes) if self.replayable else 0
-        texts = [probed(self.base, self.drafter, p, self.depth, self.once, RANKS, nodes) for p in prompts]
+        texts = self.looked_at(prompts, max(self.sizes))
         candidates = self.candidates(texts, prompts)
         costs = self.costs(candidates, spaced(prompts, FEW), BEGINNING)
 
@@ -144,6 +147,11 @@ class Optimiser:
             for c in sorted(candidates, key=lambda c: (c not in again, -rate(c)))
         ]
         return Choice(best, published, chain, table, exact)
+
+    def looked_at(self, prompts: Sequence[Sequence[int]], nodes: int) -> list[list[Position]]:
+        """The texts after these prompts; nodes: of the largest of EAGLE-2's trees to be replayed."""
+        nodes = nodes if self.replayable else 0
+        return [probed(self.base, self.drafter, p, self.depth, self.once, RANKS, nodes) for p in prompts]
 
     def candidates(self, texts: Sequence[Sequence[Position]], prompts: Sequence[Sequence[int]]) -> list[Candidate]:
         """All that are tried; of trees that are one under two names the first. Shallower trees than the drafter goes
@@ -193,17 +201,33 @@ class Optimiser:
             sweeps.append(sweep)
         return costs_of(sweeps[1:])  # everybody's first call warms up
 
-    def measured(self, candidates: Mapping[str, Candidate], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """By name, what they bring on these prompts."""
-        contenders = {name: self._contender(c) for name, c in candidates.items()}
+    def predicted(self, choice: Choice, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """By name, what those to compare should bring on other prompts: what would be kept there, at the same costs."""
+        nodes = max((c.spec.nodes for c in choice.compared.values() if c.spec.kind == "eagle2"), default=0)
+        texts = self.looked_at(prompts, nodes)
+        plain = choice.costs[PLAIN].rate(plain_counts(texts), len(prompts))
+        found = {}
+        for name, c in choice.compared.items():
+            counts = self.counts(c.spec, texts, prompts)
+            rate = choice.costs[name].rate(counts, len(prompts))
+            found[name] = {
+                "tokens_per_step": counts.tokens_per_step,
+                "tokens_per_second": rate,
+                "speedup": rate / plain,
+            }
+        return found
+
+    def measured(self, choice: Choice, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """By name, what they do bring there. interval: of tokens per step, 95 %, over prompts."""
+        contenders = {name: self._contender(c) for name, c in choice.compared.items()}
         results = measure.measure(self.base, prompts, contenders, {}, **self.how)
         plain = results.pop(PLAIN)
         return {
             name: {
                 "tokens_per_step": r.stats.tokens_per_step,
+                "interval": interval(r.each),
                 "tokens_per_second": r.tokens_per_second,
                 "speedup": r.tokens_per_second / plain.tokens_per_second,
-                "steps": r.stats.steps,
             }
             for name, r in results.items()
         }

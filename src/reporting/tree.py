@@ -33,20 +33,23 @@ def text(name: str, found: Mapping[str, Any]) -> str:
 
 
 def verdict(found: Mapping[str, Any]) -> list[str]:
-    """What was found, in words."""
+    """What was found, in words. promised: on the prompts that chose the tree; predicted: on the others, from what would
+    be kept there and the same costs."""
     predicted, measured = found["predicted_speedup"], found["measured_speedup"]
+    within = found["measured_interval"]
+    spread = f" ({within[0]:.2f} to {within[1]:.2f} at 95 %)" if within else ""
     lines = [
         f"{len(found['table'])} trees tried on {found['chosen_on']} prompts, the best measured on"
         f" {found['measured_on']} others",
         f"{found['name']} ({found['nodes']} nodes, {found['depth']} deep) predicted {predicted:.2f}x, measured"
-        f" {measured:.2f}x ({predicted / measured - 1:+.1%}); tokens per step predicted"
-        f" {found['predicted_tokens_per_step']:.2f}, measured {found['measured_tokens_per_step']:.2f}",
+        f" {measured:.2f}x ({predicted / measured - 1:+.1%}); tokens per step {found['measured_tokens_per_step']:.2f}"
+        f"{spread}, {found['promised_tokens_per_step']:.2f} on the prompts that chose it",
     ]
     for what, other in (("the best published tree", found["published"]), ("the chain", found["chain"])):
         if other is not None and other["name"] != found["name"]:
             over = measured / other["measured_speedup"]
             lines.append(f"{over:.2f} times as fast as {what}, {other['name']} ({other['measured_speedup']:.2f}x)")
-    if predicted < 1:
+    if found["promised_speedup"] < 1:
         lines.append(
             "no tree beats plain decoding here: decode without this head, or tune where a base's step costs more"
         )
@@ -97,23 +100,25 @@ def write(folder: Path, name: str, found: Mapping[str, Any]) -> str:
 
 
 def _cells(found: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, with what was measured of those that were."""
-    told = [found, found["chain"], *([found["published"]] if found["published"] else [])]
-    measured = {one["name"]: f"{one['measured_speedup']:.2f}x" for one in told}
-    header = ["tree", "nodes", "depth", "tokens/step", "ms/step", "tokens/s", "predicted", "measured"]
-    rows = [
-        [
-            f"{row['name']}{' *' if row['name'] == found['name'] else ''}",
-            str(row["nodes"]),
-            str(row["depth"]),
-            f"{row['tokens_per_step']:.2f}",
-            f"{1e3 * row['seconds_per_step']:.2f}",
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['speedup']:.2f}x",
-            measured.get(row["name"], ""),
-        ]
-        for row in table
-    ]
+    """Header and rows; what was to be expected on the other prompts, and was measured there, of those that were."""
+    compared = {one["name"]: one for one in (found, found["chain"], found["published"]) if one}
+    header = ["tree", "nodes", "depth", "tokens/step", "ms/step", "tokens/s", "promised", "predicted", "measured"]
+    rows = []
+    for row in table:
+        own = compared.get(row["name"])
+        there = [f"{own[f'{part}_speedup']:.2f}x" if own else "" for part in ("predicted", "measured")]
+        rows.append(
+            [
+                f"{row['name']}{' *' if row['name'] == found['name'] else ''}",
+                str(row["nodes"]),
+                str(row["depth"]),
+                f"{row['tokens_per_step']:.2f}",
+                f"{1e3 * row['seconds_per_step']:.2f}",
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['speedup']:.2f}x",
+                *there,
+            ]
+        )
     return header, rows
 
 
@@ -189,7 +194,7 @@ def _tree(axes: Any, name: str, found: Mapping[str, Any]) -> None:
 
 def _sizes(axes: Any, found: Mapping[str, Any]) -> None:
     """Of trees of one kind and size the fastest; those that were measured with a ring, the chosen one with a star."""
-    axes.set_title("Speedup by size, predicted")
+    axes.set_title("Promised speedup by size")
     for kind, (label, colour, marker) in KINDS.items():
         best: dict[int, float] = {}
         for row in found["table"]:
@@ -202,8 +207,16 @@ def _sizes(axes: Any, found: Mapping[str, Any]) -> None:
         xs, ys = [row["nodes"] for row in published], [row["speedup"] for row in published]
         axes.plot(xs, ys, "x", color=LOOKS[1][0], ms=5, label="published")
     own = next(row for row in found["table"] if row["name"] == found["name"])
-    axes.plot([own["nodes"]], [own["speedup"]], "*", color=INK, ms=11, label="chosen, predicted")
-    axes.plot([own["nodes"]], [found["measured_speedup"]], "o", mfc="none", mec=INK, ms=8, label="chosen, measured")
+    axes.plot([own["nodes"]], [own["speedup"]], "*", color=INK, ms=11, label="chosen")
+    axes.plot(
+        [own["nodes"]],
+        [found["measured_speedup"]],
+        "o",
+        mfc="none",
+        mec=INK,
+        ms=8,
+        label="chosen, measured on other prompts",
+    )
     axes.axhline(1, color=QUIET, lw=0.8, ls=":")
     axes.set_xlabel("nodes, the root included")
     axes.set_ylabel("over plain decoding")

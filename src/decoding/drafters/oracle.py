@@ -32,7 +32,6 @@ class Oracle:
     lossy = False
     gated = False
     runs_base = False
-    runs_base = False
 
     def __init__(self, config: OracleConfig, text: Sequence[int]) -> None:
         self.config = config

@@ -40,7 +40,6 @@ class PromptLookup:
     lossy = False
     gated = False
     runs_base = False
-    runs_base = False
 
     def __init__(self, config: PromptLookupConfig) -> None:
         self.config = config

@@ -277,7 +277,10 @@ def test_it_runs_whole_and_its_shares_add_up(optimiser: Any) -> None:
     for name, drafts in (("medusa", "static"), ("hydra", "eagle2"), ("kangaroo", "chain")):
         own = optimiser(name, max_new_tokens=8)
         choice = own.choose(PROMPTS)
-        assert set(own.measured(choice.compared, PROMPTS[:1])) == set(choice.compared)
+        predicted, measured = own.predicted(choice, PROMPTS[:2]), own.measured(choice, PROMPTS[:2])
+        assert set(predicted) == set(measured) == set(choice.compared)
+        for tree_name, told in measured.items():
+            assert told["tokens_per_step"] == pytest.approx(predicted[tree_name]["tokens_per_step"])
         of_kind = next(row for row in choice.table if row["kind"] == drafts)
         texts = [probed(own.base, own.drafter, p, DEPTH, own.once, 10, 16) for p in PROMPTS]
         candidate = next(c for c in own.candidates(texts, PROMPTS) if c.name == of_kind["name"])
