@@ -133,6 +133,7 @@ class Contest:
 
         drafter, total = cast("Drafter", self.head(run)), Stats()
         how: dict[str, Any] = {"drafter": drafter, "shape": self.decoding.shape(drafter.max_depth)}
+        how |= {"rules": self.decoding.rules, "seed": self.decoding.seed}
         how |= {"max_new_tokens": self.decoding.max_new_tokens, "eos_ids": self.base.eos_ids}
         for prompt in self.asked[which]:
             total += generate(self.base, prompt.ids, **how).stats

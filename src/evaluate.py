@@ -150,7 +150,7 @@ def held_out(
         raise DataError(f"{prompts.path or ', '.join(prompts.chosen)}: no prompt in it")
     chose, some = sum(bool(user_turns([r]) & also) for r in questions), f"of {len(questions)} prompts"
     if chose:
-        prepare.say(f"warning: {chose} {some} chose the gate's threshold; these figures flatter it")
+        prepare.say(f"warning: {chose} {some} tuned a threshold or a tree; these figures flatter it")
     seen = None if trained is None else len({r.asked for r in questions} & {r.asked for r in trained})
     if seen:
         prepare.say(f"warning: {seen} {some} were trained on; these figures flatter the head")

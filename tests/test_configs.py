@@ -17,9 +17,9 @@ from draftsmith.contracts import BaseSpec, Head
 from draftsmith.data.labels import LabelsConfig
 from draftsmith.data.prompts import PromptsConfig
 from draftsmith.data.settings import DataConfig
-from draftsmith.decoding.gates import KINDS, GateConfig
 from draftsmith.decoding.certificate import CertificateConfig
 from draftsmith.decoding.company import BaselinesConfig
+from draftsmith.decoding.gates import KINDS, GateConfig
 from draftsmith.decoding.referee import DecodingConfig
 from draftsmith.decoding.tree import KINDS as TREES
 from draftsmith.decoding.tree import TreeSpec

@@ -55,8 +55,8 @@ def by_context(each: Sequence[Stats], prompt_lengths: Sequence[int]) -> dict[str
             kept[bucket] += accepted
             text += accepted + 1
     return {
-        f"{low}-{high - 1}": {"steps": steps[i], "tokens_per_step": 1 + kept[i] / steps[i]}
-        for i, (low, high) in enumerate(zip(EDGES, (*EDGES[1:], 1 << 62), strict=True))
+        (f"{low}-{high - 1}" if high else f"{low}-"): {"steps": steps[i], "tokens_per_step": 1 + kept[i] / steps[i]}
+        for i, (low, high) in enumerate(zip(EDGES, (*EDGES[1:], None), strict=True))
         if steps[i]
     }
 

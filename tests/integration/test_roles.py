@@ -362,7 +362,7 @@ def test_prompts_of_a_file_that_chose_the_threshold_are_told(folder: Path, gate:
         "repeats=1",
     ]
     made(run(folder, "tune", *where, "thresholds=[0.5]"))
-    assert "warning: 3 of 3 prompts chose the gate's threshold" in made(run(folder, "evaluate", *where))
+    assert "warning: 3 of 3 prompts tuned a threshold or a tree" in made(run(folder, "evaluate", *where))
     prompts.unlink()
     made(run(folder, "evaluate", *where[:2], *SHORT))  # the file is not needed any more
 

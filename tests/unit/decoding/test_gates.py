@@ -9,8 +9,8 @@ from draftsmith.contracts import Needs
 from draftsmith.decoding import tree
 from draftsmith.decoding.engine import generate
 from draftsmith.decoding.gates import Confidence, Fixed, GateConfig, Oracle
-from draftsmith.errors import ConfigError
 from draftsmith.drafting import fill
+from draftsmith.errors import ConfigError
 from draftsmith.roles import Partial
 
 PROMPT = [1, 3, 2, 2, 3, 0]

@@ -16,12 +16,12 @@ from draftsmith.contracts import BaseSpec, Batch, Capture, Needs
 from draftsmith.decoding import tree
 from draftsmith.decoding.engine import generate
 from draftsmith.errors import ConfigError, DataError
+from draftsmith.growth import Level, TreeShape
 from draftsmith.heads.acceptance import Acceptance, AcceptanceConfig, AcceptanceGate
 from draftsmith.heads.draft_model import DraftModel
 from draftsmith.heads.hydra import Hydra, HydraConfig
 from draftsmith.heads.medusa import Medusa, MedusaConfig
 from draftsmith.losses import acceptance_loss, bernoulli_kl
-from draftsmith.growth import Level, TreeShape
 from draftsmith.roles import Partial
 
 MakeBatch = Callable[..., Batch]

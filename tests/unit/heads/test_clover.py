@@ -14,8 +14,8 @@ from draftsmith.base.lm import BaseLM
 from draftsmith.contracts import BaseSpec, Batch, Capture
 from draftsmith.decoding import tree
 from draftsmith.errors import ConfigError
-from draftsmith.heads.clover import Clover, CloverConfig, Connection
 from draftsmith.growth import TreeShape
+from draftsmith.heads.clover import Clover, CloverConfig, Connection
 from draftsmith.roles import State
 from draftsmith.targets import future_tokens
 

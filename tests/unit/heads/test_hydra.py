@@ -14,10 +14,10 @@ from draftsmith.base.lm import BaseLM
 from draftsmith.contracts import BaseSpec, Batch, Capture
 from draftsmith.decoding import tree
 from draftsmith.errors import ConfigError
+from draftsmith.growth import TreeShape
 from draftsmith.heads.blocks import ResBlock
 from draftsmith.heads.hydra import FirstBlock, Hydra, HydraConfig
 from draftsmith.losses import feature_distance
-from draftsmith.growth import TreeShape
 from draftsmith.roles import State
 from draftsmith.targets import Lessons, lessons
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from draftsmith.base.lm import BaseLM
 from draftsmith.contracts import BaseSpec, Batch, Capture
 from draftsmith.errors import ConfigError
+from draftsmith.growth import TreeShape
 from draftsmith.heads.blocks import ResBlock
 from draftsmith.heads.medusa import Medusa, MedusaConfig
-from draftsmith.growth import TreeShape
 from draftsmith.roles import State
 
 MakeBatch = Callable[..., Batch]
