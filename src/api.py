@@ -99,11 +99,11 @@ def generate(
     """Continues one prompt, or several in one batch; with a head, faster.
 
     input_ids: ids as a list, or a tensor of shape [T] or [1, T]: one prompt, one Generation. A list of lists: a batch
-    of prompts of any lengths, a list of Generations; every row is what it would be alone. head: a drafter; or a gate,
-    which drafts with the drafter it was trained for; or a primer, which is lossy: the text may be another one. draft: a
-    companion as the draft model. Without either: plain autoregressive decoding by the same engine. depth: a chain of so
-    many drafts; paths: a static tree of rank paths; tree: a yaml of conf/tree by name ("eagle2"). With none of them,
-    the tree that `draftsmith tune` stored with the head, or a chain as deep as it goes.
+    of prompts of any lengths, a list of Generations; row b is what it would be alone with seed + b. head: a drafter; or
+    a gate, which drafts with the drafter it was trained for; or a primer, which is lossy: the text may be another
+    one. draft: a companion as the draft model. Without either: plain autoregressive decoding by the same engine. depth:
+    a chain of so many drafts; paths: a static tree of rank paths; tree: a yaml of conf/tree by name ("eagle2"). With
+    none of them, the tree that `draftsmith tune` stored with the head, or a chain as deep as it goes.
 
     temperature 0 is greedy; above it the text is drawn from the base's own distribution (after top_k and top_p), the
     same for the same seed with every head that chooses its drafts, while drawn drafts (a draft model's; drafts="iid" or
@@ -120,7 +120,7 @@ def generate(
     tuned = None if head is None or given["gates"] is not None else tuned_tree(head)
     shape = decoding.shape(given.pop("deepest"), tuned) if given["drafters"] else None
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": base.eos_ids}
-    seeds = [seed] * len(prompts)
+    seeds = [seed + b for b in range(len(prompts))]
     out = decode(base, prompts, shape=shape, rules=decoding.rules, seeds=seeds, **limits, **given)
     return out[0] if one else out
 

@@ -7,7 +7,7 @@ answers to those before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from draftsmith.data.records import Message, Record, user
@@ -22,11 +22,13 @@ TOGETHER = 16  # chats per forward that are answered, as distilling does
 
 @dataclass(frozen=True)
 class Asked:
-    """One prompt. source: what it is reported under; turn: which of the user's turns is to be answered, from 1."""
+    """One prompt. source: what it is reported under; turn: which of the user's turns is to be answered, from 1;
+    question: whose turn it is, counted from 0."""
 
     ids: list[int]
     source: str
     turn: int
+    question: int = 0
 
 
 def opened(
@@ -49,7 +51,7 @@ def opened(
                 made[i].append(_asked(base, records[i], said[i], told, max_new_tokens, label))
             except RowError as e:  # the base's answer is too long, or none that the template takes
                 lost += [e] * (len(records[i].later) - n)
-    return [one for prompts_of_one in made for one in prompts_of_one], lost
+    return [replace(one, question=i) for i, of_one in enumerate(made) for one in of_one], lost
 
 
 def _asked(

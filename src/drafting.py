@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from draftsmith.contracts import KV
+from draftsmith.errors import ConfigError
 from draftsmith.growth import Draws, Level
 from draftsmith.roles import Gate, Partial, Proposal, State
 
@@ -49,6 +50,7 @@ def fill(
     logits_AV: Tensor | None = logits_V[None]
     while logits_AV is not None and (picked := filling.pick(logits_AV)) is not None:
         read = deeper(*picked)
+        assert read is not None or not filling.cut_at_the_end or not len(picked[0].expanded_A), "see _Filling"
         logits_AV = None if read is None else read[0]
         if read is not None:
             filling.hear(*read[1:])
@@ -72,7 +74,7 @@ def fill_rows(states: Sequence[State], logits_BV: Tensor, hidden_BD: Tensor, dee
         if not rows:
             break
         counts = [len(t) for t in tokens]
-        rows_M = torch.tensor(rows, device=logits_BV.device).repeat_interleave(torch.tensor(counts))
+        rows_M = torch.tensor([b for b, n in zip(rows, counts, strict=True) for _ in range(n)], device=logits_BV.device)
         logits_MV, hidden_MD = deeper(torch.cat(of), torch.cat(tokens), rows_M)
         logits, start = {}, 0
         for b, count in zip(rows, counts, strict=True):
@@ -83,7 +85,12 @@ def fill_rows(states: Sequence[State], logits_BV: Tensor, hidden_BD: Tensor, dee
 
 
 class _Filling:
-    """One proposal in the making."""
+    """One proposal in the making.
+
+    Drawn trees that are cut at the end (dyspec) must not end early for what was drawn: whether another level follows
+    would then decide which nodes of this one stay, and those would no longer be draws from the distribution they are
+    verified with. So there a gate is refused, and `deeper` must not stop.
+    """
 
     def __init__(
         self,
@@ -94,7 +101,14 @@ class _Filling:
         draws: Draws | None = None,
     ) -> None:
         self.state, self.gate, self.ids = state, state.gate or gate, ids
-        self.growing = state.shape.grow(_way(state, draws), state.warp, state.generator)
+        way = _way(state, draws)
+        self.cut_at_the_end = way is not None and state.shape.drafted > state.shape.nodes
+        if self.cut_at_the_end and self.gate is not None:
+            raise ConfigError(
+                f"gate: {type(self.gate).__name__} sees what is drawn, and would choose among it where a drawn tree is"
+                " cut at the end; give tree=beam or a static one, drafts=best, or no gate (kangaroo: threshold=0)"
+            )
+        self.growing = state.shape.grow(way, state.warp, state.generator)
         self.tokens = [torch.tensor([state.root], device=hidden_D.device)]
         self.drawn: list[Tensor] = []
         self.partial = Partial(hidden=[hidden_D[None]])
@@ -138,10 +152,13 @@ class _Filling:
 
 
 def _way(state: State, own: Draws | None) -> Draws | None:
-    """How tokens are picked now; a greedy text has nothing to draw."""
+    """How tokens are picked now; a greedy text has nothing to draw. A drafter's own way yields to a tree that cannot be
+    drawn so; what was asked for does not."""
     if not state.warp.temperature:
         return None
-    return own if state.draws is None else cast("Draws | None", {"best": None}.get(state.draws, state.draws))
+    if state.draws is None:
+        return own if own in state.shape.drawable else None
+    return None if state.draws == "best" else cast(Draws, state.draws)
 
 
 def over_tokens(chances_CV: Tensor, ids: Tensor) -> Tensor:

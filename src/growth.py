@@ -43,6 +43,8 @@ class Warp:
             raise ConfigError(f"top_k={self.top_k}: give at least 1, or null for all tokens")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: give a probability above 0, at most 1")
+        if not self.temperature and (self.top_k is not None or self.top_p < 1):
+            raise ConfigError("top_k, top_p: of a sampled text; give decoding.temperature above 0 with them")
 
     def chances(self, logits_NV: Tensor) -> Tensor:
         """The distributions in fp64, exactly 0 for what is cut off; of equal logits the lower ids stay."""
@@ -116,7 +118,7 @@ class Growing(Protocol):
 
 class Shape(Protocol):
     """A kind of tree. depth: the deepest a tree can be; nodes: the most nodes one can have, root included; drafted: the
-    most that are drafted on the way, those left out of the proposal too."""
+    most that are drafted on the way, those left out of the proposal too; drawable: how its tokens can be drawn."""
 
     @property
     def depth(self) -> int: ...
@@ -126,6 +128,9 @@ class Shape(Protocol):
 
     @property
     def drafted(self) -> int: ...
+
+    @property
+    def drawable(self) -> frozenset[str]: ...
 
     def cut(self, depth: int) -> Shape:
         """The same without what lies deeper."""
@@ -158,6 +163,10 @@ class TreeShape:
         return len(self.parents_N)
 
     drafted = nodes
+
+    @property
+    def drawable(self) -> frozenset[str]:
+        return frozenset({"iid", "distinct"})
 
     @cached_property
     def levels(self) -> list[Level]:
@@ -233,8 +242,8 @@ class _Static:
         if siblings > columns:
             raise ConfigError(f"decoding.paths: {siblings} siblings of a drafter with {columns} candidates")
         columns_AR = scores(chances_AV, self.generator).topk(siblings, dim=-1).indices
-        left_ARV = without_earlier(chances_AV, columns_AR)
-        return Picked(level, columns_AR[level.of_C, orders_C], left_ARV[level.of_C, orders_C])
+        drawn_CV = without_earlier(chances_AV, columns_AR, level.of_C, orders_C)
+        return Picked(level, columns_AR[level.of_C, orders_C], drawn_CV)
 
     def parents(self, count: int) -> Tensor:
         whole = count == self.shape.nodes
@@ -269,12 +278,12 @@ def scores(chances_AV: Tensor, generator: torch.Generator | None) -> Tensor:
     return chances_AV.log() + gumbel(chances_AV.shape, chances_AV, generator)
 
 
-def without_earlier(chances_AV: Tensor, columns_AR: Tensor) -> Tensor:
-    """[A, R, V]: what column r was drawn from, the distribution given that the earlier ones are gone; zeros where it
-    has no probability itself, or nothing is left."""
-    left_ARV = chances_AV[:, None].repeat(1, columns_AR.shape[1], 1)
-    for r in range(columns_AR.shape[1] - 1):
-        left_ARV[:, r + 1 :].scatter_(2, columns_AR[:, None, r, None].expand(-1, left_ARV.shape[1] - r - 1, -1), 0.0)
-    own_AR1 = left_ARV.gather(2, columns_AR[:, :, None])
-    total_AR1 = left_ARV.sum(-1, keepdim=True)
-    return torch.where(own_AR1 > 0, left_ARV / total_AR1.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+def without_earlier(chances_AV: Tensor, columns_AR: Tensor, of_C: Tensor, order_C: Tensor) -> Tensor:
+    """[C, V]: what node c, the order_C[c]-th draw of row of_C[c], was drawn from: the distribution given that the draws
+    before it, columns_AR, are gone; zeros where it has no probability itself."""
+    drawn_CR, left_CV = columns_AR[of_C], chances_AV[of_C]
+    earlier_CR = torch.arange(columns_AR.shape[1], device=order_C.device) < order_C[:, None]
+    left_CV.scatter_(1, drawn_CR, left_CV.gather(1, drawn_CR).masked_fill(earlier_CR, 0.0))
+    own_C1 = left_CV.gather(1, drawn_CR.gather(1, order_C[:, None]))
+    total_C1 = left_CV.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(own_C1 > 0, left_CV / total_C1, 0.0)

@@ -13,6 +13,7 @@ from draftsmith import config, prepare
 from draftsmith.beside import DEPTH
 from draftsmith.contracts import Head, Needs
 from draftsmith.decoding import gating, priming
+from draftsmith.decoding.breakdown import Label
 from draftsmith.decoding.company import BaselinesConfig
 from draftsmith.decoding.engine import generate
 from draftsmith.decoding.gates import Confidence, Fixed, GateConfig, Oracle
@@ -57,7 +58,7 @@ def judged(
     )
     own = contenders(referee, heads, gate)
     prompts = [a.ids for a in asked]
-    found = referee.evaluate(own, prompts, [(a.source, a.turn) for a in asked])
+    found = referee.evaluate(own, prompts, [Label(a.source, a.turn, a.question) for a in asked])
     for name in own:
         found["heads"][name]["parameters"] = sum(p.numel() for p in heads[name].parameters())
         if heads[name].role == "gate":
@@ -72,8 +73,9 @@ def judged(
 
 
 def check_proofs(found: Mapping[str, Any], dtype: str, written: Path) -> None:
-    """NumericsError if a base in fp32 or more did not keep its own tokens."""
-    proofs = {n: r["lossless"] for n, r in [*found["heads"].items(), *([(HF, found[HF])] if HF in found else [])]}
+    """NumericsError if a base in fp32 or more did not keep its own tokens, be it with a head or with a baseline."""
+    judged = [*found["heads"].items(), *found["baselines"].items(), *([(HF, found[HF])] if HF in found else [])]
+    proofs = {name: r.get("lossless") for name, r in judged}
     wrong = [name for name, proof in proofs.items() if proof and not proof["ok"]]
     if wrong and dtype in ("float32", "float64"):
         raise NumericsError(f"{', '.join(wrong)}: the output differs from the base's own; see {written}")

@@ -114,6 +114,11 @@ class State:
     generator: torch.Generator | None = None
     read: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def drawn(self) -> bool:
+        """Whether drafts are to be drawn, whatever the drafter's own way is."""
+        return bool(self.warp.temperature) and self.draws in ("iid", "distinct")
+
 
 class Drafter(Protocol):
     """Proposes tokens. `max_depth` bounds the tree it can fill; `needs` is what it reads of the base. gated: it drafts

@@ -31,6 +31,8 @@ from draftsmith.base.spec import eos_ids_of, spec_of, weights_sha256
 from draftsmith.contracts import BaseSpec, Capture, Needs
 from draftsmith.errors import ConfigError, DataError
 
+FORWARD_KINDS = 8  # one token or several, with a mask or without, with K/V or without: graphs of one block
+
 
 class BaseLM:
     """`contracts.BaseView` over any causal language model of the table in families.py.
@@ -98,8 +100,13 @@ class BaseLM:
         return self
 
     def compile(self) -> BaseLM:
-        """Every block through torch.compile, for any number of tokens and slots; returns itself. The first forwards of
-        each kind (one token, several, with a mask) compile, which takes tens of seconds. It needs a C++ compiler."""
+        """Every block through torch.compile, for any number of tokens and slots; returns itself. Needs a C++ compiler.
+        Every block compiles for itself at the first forwards of each kind (one token, several, with a mask), some
+        seconds each: torch tells blocks apart by their number."""
+        # Beyond its limit torch goes on uncompiled, with a warning at most; blocks share one limit, and their code.
+        limits, kinds = torch._dynamo.config, FORWARD_KINDS * len(self._layers)
+        limits.recompile_limit = max(limits.recompile_limit, kinds)
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * kinds)
         for layer in self._layers:
             layer.compile(dynamic=True)
         return self

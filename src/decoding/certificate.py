@@ -104,7 +104,9 @@ class Greedy:
 
     def _decoded(self, prompts: Sequence[Sequence[int]], contender: Contender | None, limit: int) -> list[list[int]]:
         texts: list[list[int]] = [[]] * len(prompts)
-        out = decoded(self.base, prompts, contender, texts, limit, 0, eos_ids=self.eos_ids, rules=Rules())
+        out = decoded(
+            self.base, prompts, contender, texts, limit, [0] * len(prompts), eos_ids=self.eos_ids, rules=Rules()
+        )
         return [g.tokens for g in out]
 
 

@@ -72,6 +72,7 @@ def measure(
 ) -> dict[str, Result]:
     """Results of "autoregressive" (our engine without a drafter), the contenders and the outside generators.
 
+    seed: of the first prompt's text; the next one's is one more, and so on.
     batch_size: so many prompts are decoded together, by everybody but the outside generators.
     """
     results = {name: Result() for name in ("autoregressive", *contenders, *outside)}
@@ -81,12 +82,13 @@ def measure(
     def run(name: str, batch: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> list[tuple[list[int], Stats]]:
         if name in outside:
             return [(outside[name](prompt), Stats()) for prompt in batch]
-        out = decoded(base, batch, contenders.get(name), texts, max_new_tokens, seed, **limits)
+        out = decoded(base, batch, contenders.get(name), texts, max_new_tokens, seeds, **limits)
         return [(g.tokens, g.stats) for g in out]
 
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-        texts = _references(base, batch, max_new_tokens, seed, limits)
+        seeds = [seed + first + b for b in range(len(batch))]  # or the prompts' texts would share their chance
+        texts = _references(base, batch, max_new_tokens, seeds, limits)
         if first == 0:  # everybody's first call warms up untimed
             for name in names:
                 run(name, batch, texts)
@@ -115,11 +117,11 @@ def decoded(
     contender: Contender | None,
     texts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    seed: int,
+    seeds: Sequence[int],
     **limits: Any,
 ) -> list[Generation]:
     """The batch by this contender; texts: the base's own continuations, for whoever is told them."""
-    told: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seeds": [seed] * len(batch), **limits}
+    told: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seeds": seeds, **limits}
     if contender is None:
         return decode(base, batch, **told)
     drafters = [contender.make(prompt, text) for prompt, text in zip(batch, texts, strict=True)]
@@ -131,10 +133,10 @@ def decoded(
 
 
 def _references(
-    base: BaseView, batch: Sequence[Sequence[int]], max_new_tokens: int, seed: int, limits: dict[str, Any]
+    base: BaseView, batch: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int], limits: dict[str, Any]
 ) -> list[list[int]]:
     """The base's own continuations; of greedy ones what an oracle needs at the end too: some tokens past the cut."""
-    found = [g.tokens for g in decoded(base, batch, None, [], max_new_tokens, seed, **limits)]
+    found = [g.tokens for g in decoded(base, batch, None, [], max_new_tokens, seeds, **limits)]
     if not limits["rules"].greedy:
         return found
     for b, prompt in enumerate(batch):
@@ -165,7 +167,7 @@ def lossless(
         ) -> Sequence[int]:
             if len(prefix) == len(prompt):
                 return first
-            return decoded(base, [prefix], contender, [[]], limit, 0, eos_ids=eos_ids, rules=Rules())[0].tokens
+            return decoded(base, [prefix], contender, [[]], limit, [0], eos_ids=eos_ids, rules=Rules())[0].tokens
 
         total += compare(prompt, reference, decode, rescore, max_new_tokens=max_new_tokens)
     return total

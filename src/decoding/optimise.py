@@ -2,9 +2,10 @@
 
 What is kept is exact: replayed from the positions of held-out texts (probing.py), where the drafter has no rule of its
 own for ending drafts; else counted by decoding. What a step costs is measured by decoding, all candidates in turn and
-again and again: first everybody on the beginnings of texts, then the best of them on whole ones. A tree's speedup is
-that of all the texts, the reading of prompts included, as draftsmith evaluate counts it. It is then measured on other
-prompts, beside what is to be expected there: prompts differ, so what is kept on some is no promise for others.
+again and again: first everybody on the beginnings of texts, then the best of them on whole ones, then the chosen one
+anew. A tree's speedup is that of all the texts, the reading of prompts included, as draftsmith evaluate counts it. It is
+then measured on other prompts, beside what is to be expected there: prompts differ, so what is kept on some is no
+promise for others.
 
 The candidates: chains of every depth; trees grown from the counts, with the nodes that are kept most often (Medusa's
 rule, arXiv 2401.10774), of every size; EAGLE-2's trees of the same sizes; published trees, cut to the depth that the
@@ -34,7 +35,7 @@ from draftsmith.roles import Drafter, Proposal, Verdict
 RANKS = 10  # best tokens per depth that a tree may take; the published ones take no more
 SAME = 0.02  # of the best speed: less is noise, and the smaller tree is preferred
 FINALISTS = 6  # of all candidates, timed again
-FEW, MANY = 6, 8  # prompts that everybody is timed on, and the finalists
+FEW, MANY, MORE = 4, 8, 16  # prompts that everybody is timed on, the finalists, and those that are compared at the end
 BEGINNING = 48  # tokens of a text that everybody is timed on
 PLAIN = "autoregressive"
 
@@ -74,7 +75,8 @@ class Cost:
 @dataclass(frozen=True)
 class Choice:
     """best; the best published one; the chain as deep as the drafter goes. table: every candidate, the best first,
-    those that were timed again before the others; its speedups are predictions. costs: by name."""
+    those that were timed again before the others; its speedups are what the counts and the costs promise. costs: of
+    these three and of plain decoding by name, measured anew, since the best is likely to have been timed too well."""
 
     best: Candidate
     published: Candidate | None
@@ -146,7 +148,9 @@ class Optimiser:
             }
             for c in sorted(candidates, key=lambda c: (c not in again, -rate(c)))
         ]
-        return Choice(best, published, chain, table, exact)
+        compared = {c.name: c for c in (best, published, chain) if c is not None}
+        fresh = self.costs([*compared.values()], spaced(prompts, MORE), self.how["max_new_tokens"])
+        return Choice(best, published, chain, table, fresh)
 
     def looked_at(self, prompts: Sequence[Sequence[int]], nodes: int) -> list[list[Position]]:
         """The texts after these prompts; nodes: of the largest of EAGLE-2's trees to be replayed."""
@@ -272,8 +276,8 @@ def paths_of(shape: TreeShape) -> list[list[int]]:
 
 
 def levels(depth: int) -> list[int]:
-    """At most four depths up to this one, evenly spaced."""
-    return sorted({-(-depth * quarter // 4) for quarter in range(1, 5)})
+    """At most three depths up to this one, evenly spaced."""
+    return sorted({-(-depth * third // 3) for third in range(1, 4)})
 
 
 def smallest_of_the_best(candidates: Sequence[Candidate], rates: Sequence[float]) -> Candidate:

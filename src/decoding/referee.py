@@ -14,12 +14,13 @@ from torch import Tensor
 
 from draftsmith.contracts import BaseView
 from draftsmith.decoding import breakdown, measure
+from draftsmith.decoding.breakdown import Label
 from draftsmith.decoding.company import BaselinesConfig, always, beside
 from draftsmith.decoding.measure import Contender, MakeGate, Result
 from draftsmith.decoding.rules import Rules
 from draftsmith.decoding.tree import TreeConfig, TreeSpec
 from draftsmith.errors import ConfigError
-from draftsmith.growth import Warp
+from draftsmith.growth import Shape, Warp
 from draftsmith.roles import Drafter
 
 HF = "hf_generate"
@@ -45,6 +46,12 @@ class DecodingConfig(TreeConfig):
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens}: give at least 1")
         assert self.rules
+
+    def shape(self, max_depth: int, tuned: TreeSpec | None = None) -> Shape:
+        """A tuned tree that cannot be drawn as asked gives way to a chain."""
+        if tuned is not None and self.drafts in ("iid", "distinct"):
+            tuned = tuned if self.drafts in tuned.shape(max_depth).drawable else None
+        return super().shape(max_depth, tuned)
 
     @property
     def rules(self) -> Rules:
@@ -91,10 +98,10 @@ class Referee:
         self,
         own: Mapping[str, Contender],
         prompts: Sequence[Sequence[int]],
-        labels: Sequence[tuple[str, int]] | None = None,
+        labels: Sequence[Label] | None = None,
     ) -> dict[str, Any]:
-        """The parts autoregressive, hf_generate, baselines and heads of evaluation.json. labels: of every prompt, the
-        source and the turn it is reported under. Sampled text is compared with plain decoding where its drafts were
+        """The parts autoregressive, hf_generate, baselines and heads of evaluation.json. labels: what every prompt
+        is reported under. Sampled text is compared with plain decoding where its drafts were
         chosen, never with Hugging Face's generate, which draws other numbers."""
         deepest = max((c.shape.depth for c in own.values() if c.shape), default=4)
         shape, rules = self.decoding.shape, self.decoding.rules
@@ -178,12 +185,14 @@ class Referee:
         return told
 
     def _broken_down(
-        self, own: Result, prompts: Sequence[Sequence[int]], labels: Sequence[tuple[str, int]] | None
+        self, own: Result, prompts: Sequence[Sequence[int]], labels: Sequence[Label] | None
     ) -> dict[str, Any]:
         found: dict[str, Any] = {"by_context": breakdown.by_context(own.each, [len(p) for p in prompts])}
         if labels is not None:
-            found["by_source"] = breakdown.grouped(own.each, [source for source, _ in labels])
-            found["by_turn"] = breakdown.grouped(own.each, [turn for _, turn in labels])
+            questions = [label.question for label in labels]
+            found["tokens_per_step_interval"] = breakdown.interval(own.each, questions)
+            found["by_source"] = breakdown.grouped(own.each, [label.source for label in labels], questions)
+            found["by_turn"] = breakdown.grouped(own.each, [label.turn for label in labels], questions)
         return found
 
     def _proof(

@@ -44,8 +44,9 @@ class Rules:
             raise ConfigError(f"accept='{self.accept}': choose {', '.join(ACCEPTS)}")
         if self.accept == "spectr" and self.drafts != "iid":
             raise ConfigError("accept=spectr: selects among independent draws; give drafts=iid with it")
-        if self.accept == "typical" and not self.warp.temperature:
-            raise ConfigError("accept=typical: accepts by probability; give decoding.temperature above 0 with it")
+        if self.greedy and (self.accept != "exact" or self.drafts in ("iid", "distinct")):
+            which = f"accept={self.accept}" if self.accept != "exact" else f"drafts={self.drafts}"
+            raise ConfigError(f"{which}: of a sampled text; give decoding.temperature above 0 with it")
         if not 0 < self.epsilon <= 1 or not 0 < self.delta <= 1:
             raise ConfigError(f"epsilon={self.epsilon}, delta={self.delta}: give numbers above 0, at most 1")
 

@@ -63,6 +63,7 @@ def by_widths(widths: Sequence[int]) -> TreeShape:
     return from_paths([p for k in range(len(widths)) for p in product(*map(range, widths[: k + 1]))])
 
 
+_DEFAULTS = {"depth": None, "nodes": 60, "top_k": 10, "width": 4}
 KINDS = ("auto", "chain", "static", "eagle2", "dyspec", "beam")
 
 
@@ -86,6 +87,9 @@ class TreeSpec:
             raise ConfigError("decoding.tree.paths: rank paths belong to kind=static, and it needs them")
         if self.depth is not None and self.depth < 0:
             raise ConfigError(f"decoding.depth: {self.depth} is negative; give the number of drafted tokens per step")
+        set_here = [k for k in ("depth", "nodes", "top_k", "width") if getattr(self, k) != _DEFAULTS[k]]
+        if self.kind == "auto" and set_here:
+            raise ConfigError(f"decoding.tree.{set_here[0]}: of which tree? name one (tree=eagle2), or decoding.depth")
         for key, least in (("nodes", 2), ("top_k", 1), ("width", 1)):
             if getattr(self, key) < least:
                 raise ConfigError(f"decoding.tree.{key}={getattr(self, key)}: give at least {least}")

@@ -141,6 +141,9 @@ def typical(
     than min(epsilon, delta exp(-H(p))) after its parent. The longest accepted path is kept, of equally long ones the
     likeliest; the bonus is drawn after it.
 
+    Deviations: the entropy is that of the distribution the text is sampled from, after top-k and top-p; the bonus is
+    drawn from it, where the published code takes its best token or draws from what the same bar leaves.
+
     Lossy: what is accepted depends on what was drafted, so the text is not distributed as the base's.
     """
     parents, device = proposal.parents_N.tolist(), chances_NV.device

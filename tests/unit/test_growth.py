@@ -1,6 +1,7 @@
 """How tokens are taken and which trees they make, against slow oracles over paths."""
 
 import heapq
+import itertools
 import math
 import random
 from functools import cache
@@ -125,7 +126,9 @@ def test_what_was_left_to_draw_from(seed):
     chances_AV = torch.randn(4, vocabulary, generator=host(seed), dtype=torch.float64).softmax(-1)
     chances_AV[:, rng.sample(range(vocabulary), vocabulary // 3)] = 0
     columns_AR = scores(chances_AV, host(seed)).topk(rng.randrange(1, vocabulary + 1), dim=-1).indices
-    left_ARV = without_earlier(chances_AV, columns_AR)
+    rows, draws = columns_AR.shape
+    of_C, order_C = (torch.tensor(t) for t in zip(*itertools.product(range(rows), range(draws)), strict=True))
+    left_ARV = without_earlier(chances_AV, columns_AR, of_C, order_C).unflatten(0, (rows, draws))
     for chances, columns, left in zip(chances_AV.tolist(), columns_AR.tolist(), left_ARV.tolist(), strict=True):
         for got, expected in zip(left, slow_without(chances, columns), strict=True):
             assert got == pytest.approx(expected, abs=1e-14)
@@ -382,3 +385,16 @@ def test_a_cut_tree_ends_there_and_none_is_larger_than_it_says(shape):
             deepest = max(map(len, paths_of(proposal))) - 1
             assert deepest == cut.depth or (deepest < cut.depth and not isinstance(shape, Beam))
             assert len(proposal.tokens_N) <= cut.nodes <= cut.drafted or cut.depth == 0
+
+
+def test_what_a_slot_of_dyspec_is_worth_has_no_trace_of_its_own_token():
+    """Not in the last bit either: where values tie, it would decide who stays."""
+    logits_AV = torch.tensor([[0.35, 0.35, 0.2, 0.1]], dtype=torch.float64).log()
+    worth = {}
+    for seed in range(300):
+        growing = DySpec(nodes=8, depth=1, siblings=4).grow("distinct", Warp(1.0), host(seed))
+        columns = growing.next(logits_AV).columns_C.tolist()
+        for n, value in enumerate(torch.cat(growing.slots).tolist()):
+            worth.setdefault(tuple(columns[:n]), set()).add(value)  # by what was drawn before
+    assert len(worth) > 20
+    assert {len(values) for values in worth.values()} == {1}

@@ -106,18 +106,17 @@ class NGram:
         logits_NV = cast(tuple[Tensor, Tensor], state.read)[1]
         asked = state.tokens[-1:]  # the tokens of those nodes whose children are chosen next
 
-        def after(contexts: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor] | None:
+        def after(contexts: Sequence[tuple[int, int]], always: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
             rows = [self.ranked(context) for context in contexts]
-            return (
-                _table(rows, min(self.config.candidates, logits_NV.shape[1]), logits_NV.device) if any(rows) else None
-            )
+            columns = min(self.config.candidates, logits_NV.shape[1])
+            return _table(rows, columns, logits_NV.device) if rows and (always or any(rows)) else None
 
         def deeper(level: Level, tokens_C: Tensor) -> tuple[Tensor, ...] | None:
             nonlocal asked
             expanded, of, tokens = level.expanded_A.tolist(), level.of_C.tolist(), tokens_C.tolist()
             contexts = [(asked[of[node]], tokens[node]) for node in expanded]
             asked = [tokens[node] for node in expanded]
-            return after(contexts)
+            return after(contexts, state.drawn)  # what was drawn must not end the draft
 
         found = after([(state.tokens[-2], state.root)])
         if found is None:

@@ -76,17 +76,20 @@ class TokenRecycling:
         if found is None:
             return Proposal(root, torch.tensor([-1]))
 
+        drawn = state.drawn  # then what was drawn must not end the draft
+
         def deeper(level: Level, tokens_C: Tensor) -> tuple[Tensor, ...] | None:
-            return self._after(tokens_C[level.expanded_A]) if len(level.expanded_A) else None
+            return self._after(tokens_C[level.expanded_A], drawn) if len(level.expanded_A) else None
 
         logits_1K, hidden_1D, ids_1K = found
         return fill(state, logits_1K[0], hidden_1D[0], deeper, ids_1K)
 
-    def _after(self, tokens_A: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(logits [A, K], no hidden state [A, 0], ids [A, K]); None where the base has read none of these tokens."""
+    def _after(self, tokens_A: Tensor, always: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(logits [A, K], no hidden state [A, 0], ids [A, K]); None where the base has read none of these tokens,
+        unless an answer is wanted always."""
         assert self._matrix is not None
         ids_VK, logits_VK, known_V = self._matrix
-        if not bool(known_V[tokens_A].any()):
+        if not always and not bool(known_V[tokens_A].any()):
             return None
         logits_AK = logits_VK[tokens_A]
         return logits_AK, logits_AK[:, :0], ids_VK[tokens_A]

@@ -30,6 +30,10 @@ class Beam:
 
     drafted = nodes
 
+    @property
+    def drawable(self) -> frozenset[str]:
+        return frozenset({"distinct"})
+
     def cut(self, depth: int) -> Beam:
         return replace(self, depth=min(depth, self.depth))
 
@@ -66,9 +70,9 @@ class _Growing(Unrolled):
         stays_C = stays_C[logs_AR.flatten()[stays_C] > float("-inf")]
         if not len(stays_C):
             return None
-        if self.draws:
-            drawn_CV = without_earlier(chances_AV, columns_AR).flatten(0, 1)[stays_C]
         of_C = stays_C // width
+        if self.draws:
+            drawn_CV = without_earlier(chances_AV, columns_AR, of_C, stays_C % width)
         expanded_A = torch.arange(len(stays_C) if self.left > 1 else 0, device=of_C.device)
         self.logs_A, self.noisy_A = logs_AR.flatten()[stays_C], noisy_AR.flatten()[stays_C]
         return Picked(self.add(of_C, expanded_A), columns_AR.flatten()[stays_C], drawn_CV)

@@ -32,6 +32,10 @@ class ByProbability:
     def drafted(self) -> int:
         return 1 + (self.nodes - 1) * self.depth
 
+    @property
+    def drawable(self) -> frozenset[str]:
+        return frozenset()
+
     def cut(self, depth: int) -> ByProbability:
         return replace(self, depth=min(depth, self.depth))
 

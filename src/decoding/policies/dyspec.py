@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from draftsmith.decoding.policies.unrolled import Unrolled, largest
 from draftsmith.errors import ConfigError
@@ -32,6 +33,10 @@ class DySpec:
     @property
     def drafted(self) -> int:
         return 1 + (self.nodes - 1) * self.depth
+
+    @property
+    def drawable(self) -> frozenset[str]:
+        return frozenset({"distinct"})
 
     def cut(self, depth: int) -> DySpec:
         return replace(self, depth=min(depth, self.depth))
@@ -62,7 +67,9 @@ class _Growing(Unrolled):
         else:
             columns_AR = best(logits_AV, siblings)
         own_AR = chances_AV.gather(1, columns_AR)
-        slots_AR = self.reached_A[:, None] * (1 - (own_AR.cumsum(1) - own_AR)).clamp(min=0)
+        # of the tokens before each: to subtract its own again would leave a trace of it in the last bit
+        earlier_AR = F.pad(own_AR.cumsum(1)[:, :-1], (1, 0))
+        slots_AR = self.reached_A[:, None] * (1 - earlier_AR).clamp(min=0)
         slots_P = torch.where(own_AR > 0, slots_AR, 0.0).flatten()
         before_P = torch.cat([*self.slots, slots_P])
         first = len(before_P) - len(slots_P)
@@ -79,7 +86,7 @@ class _Growing(Unrolled):
         self.reached_A = reached_C[expanded_A]
         drawn_CV = None
         if self.draws:
-            drawn_CV = without_earlier(chances_AV, columns_AR).flatten(0, 1)[stays_C]
+            drawn_CV = without_earlier(chances_AV, columns_AR, of_C, stays_C % siblings)
         return Picked(self.add(of_C, expanded_A), columns_AR.flatten()[stays_C], drawn_CV)
 
     def _worth(self, reached_C: Tensor, limit: int) -> Tensor:

@@ -326,6 +326,30 @@ def test_every_row_has_its_own_gate(base):
     assert sorted(watched) == sorted(n for out, n in zip(together, (2, 4, 3), strict=True) for _ in range(out.steps))
 
 
+class Together(Drafting):
+    """Drafts for all rows at once, and says for how many."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def propose_rows(self, base, states):
+        self.asked.append([state.tokens[0] for state in states])
+        return [self.propose(base, state) for state in states]
+
+
+def test_one_drafter_of_all_rows_may_draft_for_them_at_once(base):
+    how, prompts = {"shape": BRANCHED, "max_new_tokens": 20}, EIGHT[:4]
+    one, expected = Together(), decode(base, prompts, drafters=Drafting(), **how)
+    same(decode(base, prompts, drafters=one, **how), expected)
+    assert len(one.asked) == max(out.steps for out in expected)
+    assert one.asked[0] == [prompt[0] for prompt in prompts]
+    assert sum(map(len, one.asked)) == sum(out.steps for out in expected)
+    several = [Together() for _ in prompts]
+    same(decode(base, prompts[:1] * 2 + prompts[2:], drafters=several, **how)[2:], expected[2:])
+    assert all(len(states) == 1 for drafter in several for states in drafter.asked)
+
+
 # Rows that leave
 
 

@@ -22,7 +22,7 @@ def text(*kept: int) -> Stats:
 
 
 def test_texts_that_are_alike_leave_no_doubt() -> None:
-    low, high = breakdown.interval([text(1, 2)] * 5)  # type: ignore[misc]
+    low, high = breakdown.interval([text(1, 2)] * 8)  # type: ignore[misc]
     assert low == high == 2.5
 
 
@@ -30,16 +30,20 @@ def test_one_text_says_nothing_of_others() -> None:
     assert breakdown.interval([]) is None
     assert breakdown.interval([text(1, 2, 3)]) is None
     assert breakdown.interval([text(1, 2, 3), text(), Stats()]) is None  # a text without a step is none
-    assert breakdown.interval([text(1), text(3)]) is not None
+    assert breakdown.interval([text(1), text(3)] * 3) is None  # fewer than 8 say too little
+    assert breakdown.interval([text(1), text(3)] * 4) is not None
+    assert breakdown.interval([text(1), text(3)] * 4, [0, 1, 2, 3, 4, 5, 6, 6]) is None  # turns of seven questions
 
 
 def test_an_interval_repeats_and_is_of_micro_averages() -> None:
     """A text counts by its steps: of two texts drawn twice with replacement, both are one, or both the other, or mixed,
     where the long one rules."""
-    each = [text(*[0] * 90), text(*[3] * 10)]
-    assert breakdown.interval(each) == breakdown.interval(each) == [1.0, 4.0]
-    half = breakdown.interval(each, level=0.4)  # the half that is mixed lies within
-    assert half == pytest.approx([1 + 30 / 100] * 2)
+    each = [text(*[0] * 90), text(*[3] * 10)] * 4
+    low, high = breakdown.interval(each)  # type: ignore[misc]
+    assert breakdown.interval(each) == [low, high]
+    assert low < sum(each, Stats()).tokens_per_step == 1.3 < high < 3
+    alike = breakdown.interval([*each, *each], [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7])
+    assert alike == [1.3, 1.3]  # whole questions are drawn: a long text and a short one each
 
 
 def test_a_higher_level_is_wider() -> None:
@@ -73,22 +77,21 @@ def test_it_covers_the_true_value_as_often_as_it_says() -> None:
 
 def test_groups_by_hand() -> None:
     each = [text(1, 1), text(3), text(0, 0), text()]
-    told = breakdown.grouped(each, ["maths", "code", "maths", "empty"])
+    told = breakdown.grouped(each, ["maths", "code", "maths", "empty"], [0, 1, 2, 3])
     assert list(told) == ["maths", "code", "empty"]  # in order of appearance
     assert {k: v for k, v in told["maths"].items() if k != "interval"} == {
         "prompts": 2,
         "steps": 4,
         "tokens_per_step": 1.5,
     }
-    assert told["maths"]["interval"] == breakdown.interval([each[0], each[2]]) == [1.0, 2.0]
+    assert told["maths"]["interval"] is None
+    assert breakdown.grouped(each * 8, ["one"] * 32, range(32))["one"]["interval"] == breakdown.interval(each * 8)
     assert told["code"] == {"prompts": 1, "steps": 1, "tokens_per_step": 4.0, "interval": None}
     assert told["empty"] == {"prompts": 1, "steps": 0, "tokens_per_step": 1.0, "interval": None}
 
 
 def test_groups_are_named_by_what_labels_say() -> None:
-    assert list(breakdown.grouped([text(1), text(1), text(2)], [2, 1, 2])) == ["2", "1"]
-    with pytest.raises(ValueError, match="zip"):
-        breakdown.grouped([text(1)], [1, 2])
+    assert list(breakdown.grouped([text(1), text(1), text(2)], [2, 1, 2], [0, 1, 2])) == ["2", "1"]
 
 
 # Context

@@ -128,7 +128,7 @@ def test_prompts_are_decoded_in_batches_and_kept_apart(monkeypatch: pytest.Monke
         assert all(batch in batches for w, batch, _ in calls if w == who)
     told = {tuple(map(tuple, batch)): how for who, batch, how in calls if who == "head"}
     assert told[(2,), (3,)]["drafters"] == [((2,), (12,)), ((3,), (13,))]  # each row's own, told its own text
-    assert all(how["seeds"] == [0] * len(batch) for _, batch, how in calls)
+    assert all(how["seeds"] == [n for (n,) in batch] for _, batch, how in calls)  # a seed for every prompt
     assert results["head"].tokens == results["autoregressive"].tokens == [[10], [11], [12], [13], [14]]
     assert results["hf"].tokens == [[20], [21], [22], [23], [24]]
     assert set(map(tuple, asked)) == {(n,) for n in range(5)}

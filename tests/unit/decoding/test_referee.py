@@ -10,6 +10,7 @@ import torch
 
 from draftsmith.contracts import Needs
 from draftsmith.decoding import measure
+from draftsmith.decoding.breakdown import Label
 from draftsmith.decoding.company import BaselinesConfig
 from draftsmith.decoding.drafters.layer_skip import LayerSkipConfig
 from draftsmith.decoding.drafters.prompt_lookup import PromptLookup, PromptLookupConfig
@@ -22,7 +23,7 @@ from draftsmith.drafting import fill
 from draftsmith.errors import ConfigError
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [3, 4, 5, 6, 7, 8, 9, 10], [20, 30, 40]]
-LABELS = [("maths", 1), ("maths", 2), ("code", 1), ("maths", 1)]
+LABELS = [Label("maths", 1, 0), Label("maths", 2, 0), Label("code", 1, 1), Label("maths", 1, 2)]
 NEW = 12
 TERMS = {
     "tokens_per_step", "verify_cost", "draft_cost", "overhead", "plain_overhead", "plain_forward_seconds",
@@ -100,8 +101,7 @@ def test_what_is_told_of_a_head(greedy: dict[str, Any]) -> None:
             product *= a
             tau += product
         assert head["tokens_per_step"] == pytest.approx(tau)
-        low, high = head["tokens_per_step_interval"]
-        assert low <= head["tokens_per_step"] <= high
+        assert head["tokens_per_step_interval"] is None  # four prompts say too little
         plain = greedy["autoregressive"]["tokens_per_second"]
         assert head["speedup"] == pytest.approx(head["tokens_per_second"] / plain)
     assert greedy["heads"]["right"]["tokens_per_step"] == 4
@@ -127,7 +127,6 @@ def test_it_is_broken_down_by_source_turn_and_context(greedy: dict[str, Any]) ->
             head["steps"] * head["tokens_per_step"]
         )
     assert head["by_source"]["code"]["interval"] is None
-    assert head["by_source"]["maths"]["interval"] is not None
 
 
 def test_nothing_is_told_by_labels_that_nobody_gave(tiny_base: Any, rescorer: Any, own: dict[str, Contender]) -> None:

@@ -206,14 +206,22 @@ def test_check_29_drawn_drafts_leave_the_joint_distribution_as_it_is(toy_base, g
 def test_check_29_drawn_trees_do_too(toy_base, shape, rules, chance_of):
     base, count, prompt = toy_base(vocab=3, max_positions=12), 1000, [1, 2, 0, 2]
     p_VVV, apart_VVV = joint(base, prompt, rules.warp)
-    gate = Whim(True)
+    gate = None if isinstance(shape, DySpec) else Whim(True)
     told = {"drafters": Drafting(3, scale=1.0), "shape": shape, "rules": rules, "gates": gate}
     counts_VVV, accepted = counted(base, prompt, 3, count, **told)
     assert chance_of(counts_VVV, p_VVV) > 1e-3
     assert chance_of(counts_VVV, apart_VVV) < 1e-6 or rules.warp != Warp(T)
     assert not counts_VVV[p_VVV == 0].any()
     assert accepted > 0.4 * count
-    assert gate.said == {True, False}
+    assert gate is None or gate.said == {True, False}
+
+
+def test_a_drawn_tree_that_is_cut_at_the_end_takes_no_gate(toy_base):
+    """Whether a level follows decides what of the one before it stays; a gate that sees the draws would choose."""
+    told = {"drafters": Drafting(3), "shape": DySpec(5, 3, 3), "gates": Whim(True)}
+    with pytest.raises(ConfigError, match="gate: Whim sees what is drawn"):
+        decode(toy_base(vocab=3), [[1, 2]], max_new_tokens=3, rules=Rules(Warp(T), "distinct"), **told)
+    decode(toy_base(vocab=3), [[1, 2]], max_new_tokens=3, rules=Rules(Warp(T), "best"), **told)
 
 
 def test_typical_acceptance_is_told_from_an_exact_rule(toy_base, chance_of):
