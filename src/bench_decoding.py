@@ -1,16 +1,15 @@
 """draftsmith bench_decoding: what the engine costs beside the base's own forwards, and how honest its baseline is.
 
-All of it in one process, interleaved, medians of whole passes, greedy texts of a fixed length. Plain decoding stands
-beside Hugging Face's `generate` and a bare loop over the same model with its dynamic cache: a speedup over a slow
-baseline would be worth nothing. A drafter that was told the text stands beside the base's forwards alone, in pieces of
-as many tokens as it has per step: what is missing to those is the engine's own cost.
+All of it in one process, interleaved, medians of whole passes in CPU-seconds, greedy texts of a fixed length. Plain
+decoding stands beside Hugging Face's `generate` and a bare loop over the same model with its dynamic cache: a speedup
+over a slow baseline would be worth nothing. A drafter that was told the text stands beside the base's forwards alone,
+in pieces of as many tokens as it has per step: what is missing to those is the engine's own cost.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -89,10 +88,11 @@ def _passes(
     base: BaseLM, prompts: list[list[int]], own: BenchDecodingConfig
 ) -> dict[str, tuple[Callable[[], float], list[list[int]]]]:
     """name -> (a pass over all prompts, which returns its seconds; its tokens)."""
+    from draftsmith.decoding import costs
     from draftsmith.decoding.drafters.oracle import Oracle, OracleConfig
     from draftsmith.decoding.engine import generate
 
-    limit = own.max_new_tokens
+    limit, clock = own.max_new_tokens, costs.clock_of(base.device)
     beyond = [generate(base, p, max_new_tokens=limit + own.depth + 1).tokens for p in prompts]
 
     def oracle(i: int) -> list[int]:
@@ -108,10 +108,10 @@ def _passes(
 
     def timed_pass(way: Callable[[int], list[int]]) -> Callable[[], float]:
         def work() -> float:
-            began = time.perf_counter()
+            began = clock()
             for i in range(len(prompts)):
                 way(i)
-            return time.perf_counter() - began
+            return clock() - began
 
         return work
 
@@ -130,11 +130,14 @@ def _told(seconds: dict[str, list[float]], sizes: list[int], own: BenchDecodingC
         whole = zip(seconds[f"pieces_{size}"], seconds["prompts"], strict=True)
         return statistics.median(a - b for a, b in whole) / own.prompts / (own.read // size)
 
+    alone = (seconds["forwards_1"], seconds[f"forwards_{own.depth + 1}"])
+    four = zip(seconds[PLAIN], seconds[ORACLE], *alone, strict=True)
+    share = statistics.median((plain / oracle) / (one / several) for plain, oracle, one, several in four)
     speedup, allowed = ratio(PLAIN, ORACLE), ratio("forwards_1", f"forwards_{own.depth + 1}")
     return {
         "tokens_per_second": {n: tokens / statistics.median(seconds[n]) for n in (PLAIN, *OTHERS, ORACLE)},
         "plain_over": {name: ratio(name, PLAIN) for name in OTHERS},
-        "oracle": {"depth": own.depth, "speedup": speedup, "allowed": allowed, "share": speedup / allowed},
+        "oracle": {"depth": own.depth, "speedup": speedup, "allowed": allowed, "share": share},
         "plain_share": ratio("forwards_1", PLAIN),
         "oracle_share": ratio(f"forwards_{own.depth + 1}", ORACLE),
         "forward_cost": {str(q): forward(q) / forward(1) for q in sizes},

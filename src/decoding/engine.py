@@ -151,6 +151,8 @@ class _Run:
         for row in rows:
             needs = needs | Needs(row.drafter.needs.hidden, logits=row.drafter.needs.logits)
         self.asked = needs
+        drafter, shared = rows[0].drafter, all(row.drafter is rows[0].drafter for row in rows)
+        self.for_all = drafter if shared and isinstance(drafter, RowsDrafter) else None
         self.clock = _clock(self.device)
         self.now = self.clock()
 
@@ -233,9 +235,9 @@ class _Run:
             self.kv.reserve(self.kv.length + max(running))
         for b, row in enumerate(rows):
             row.state.kv = self.kv if alone else self.kv.row(b, row.length) if row.drafter.runs_base else None
-        states, drafter = [row.ready(self.base) for row in rows], rows[0].drafter
-        if isinstance(drafter, RowsDrafter) and all(row.drafter is drafter for row in rows):
-            return drafter.propose_rows(self.base, states)
+        states = [row.ready(self.base) for row in rows]
+        if not alone and self.for_all is not None:
+            return self.for_all.propose_rows(self.base, states)
         return [row.drafter.propose(self.base, state) for row, state in zip(rows, states, strict=True)]
 
     def _entered(self, proposals: list[Proposal], start: int) -> tuple[int, Tensor] | None:

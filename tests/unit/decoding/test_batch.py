@@ -18,16 +18,7 @@ from draftsmith.errors import ConfigError
 from draftsmith.growth import Warp
 from draftsmith.roles import Proposal
 
-EIGHT = [
-    [3],
-    [1, 3, 2, 2, 3, 0],
-    [4, 4, 1],
-    [0, 1, 2, 3, 4, 0, 1, 2, 3],
-    [2, 2],
-    [1, 0, 4, 3, 2],
-    [0] * 7,
-    [3, 1, 4, 1],
-]
+EIGHT = [[int(c) for c in ids] for ids in "3 132230 441 012340123 22 10432 0000000 3141".split()]
 ROOMY = Beam(2, 6)  # only its bounds count: of a depth of six, thirteen nodes
 BRANCHED = tree.from_paths([[0], [1], [2], [0, 0], [1, 0], [1, 1], [1, 1, 0], [1, 1, 1]])
 EVERYTHING = Needs(hidden=frozenset({0, 2}), final=True, logits=True)

@@ -65,6 +65,7 @@ class Whim:
         ({"accept": "spectr", "drafts": "distinct"}, "accept=spectr: .*give drafts=iid"),
         ({"accept": "spectr"}, "accept=spectr: .*give drafts=iid"),
         ({"accept": "typical"}, "accept=typical: .*temperature above 0"),
+        ({"drafts": "iid"}, "drafts=iid: .*temperature above 0"),
         ({"epsilon": 0.0}, "epsilon=0.0"),
         ({"delta": 1.5}, "delta=1.5"),
     ],

@@ -550,7 +550,7 @@ def test_a_bf16_base_under_fp32_heads(base: BaseLM, make_batch: MakeBatch, setti
     out.sum.backward()
     assert out.sum.isfinite()
     assert out.sum.dtype == torch.float32
-    proposal = head.propose(low, State([1, 2], 2, seen, tree.chain(K)))
+    proposal = head.propose(low, State([1, 2], 2, seen.row(0), tree.chain(K)))
     assert len(proposal.tokens_N) == K + 1
 
 

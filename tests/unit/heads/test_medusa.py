@@ -335,7 +335,7 @@ def test_a_bf16_base_under_fp32_heads(base: BaseLM, make_batch: MakeBatch, share
     out = head.loss(low, seen, batch)
     out.sum.backward()
     assert out.sum.isfinite()
-    proposal = head.propose(low, State([1, 2], 2, seen, CHAIN))
+    proposal = head.propose(low, State([1, 2], 2, seen.row(0), CHAIN))
     assert len(proposal.tokens_N) == 4
 
 
