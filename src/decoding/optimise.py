@@ -3,8 +3,8 @@
 What is kept is exact: replayed from the positions of held-out texts (probing.py), where the drafter has no rule of its
 own for ending drafts; else counted by decoding. What a step costs is measured by decoding, all candidates in turn and
 again and again: first everybody on the beginnings of texts, then the best of them on whole ones, then the chosen one
-anew. A tree's speedup is that of all the texts, the reading of prompts included, as draftsmith evaluate counts it. It is
-then measured on other prompts, beside what is to be expected there: prompts differ, so what is kept on some is no
+anew. A tree's speedup is that of all the texts, the reading of prompts included, as draftsmith evaluate counts it. Then
+it is measured on other prompts, beside what is to be expected there: prompts differ, so what is kept on some is no
 promise for others.
 
 The candidates: chains of every depth; trees grown from the counts, with the nodes that are kept most often (Medusa's

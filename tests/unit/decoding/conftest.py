@@ -7,6 +7,7 @@ import torch
 
 from draftsmith.contracts import BaseSpec, Capture, Needs
 from draftsmith.decoding import goodness
+from draftsmith.drafting import fill
 from draftsmith.roles import Proposal
 
 WIDTH, LAYERS, SLOTS = 12, 2, 256
@@ -196,6 +197,24 @@ class Scripted:
         return Proposal(torch.tensor(tokens), state.shape.parents_N)
 
 
+class Tabled:
+    """Fills its shape level by level from a table of its own under the state's gate; its own way is to draw."""
+
+    gated, runs_base = True, False
+    needs, max_depth = Needs(), 4
+
+    def __init__(self, vocab, seed=0, scale=10.0):
+        g = torch.Generator().manual_seed(seed)
+        self.table = scale * torch.randn(vocab, vocab, generator=g, dtype=torch.float64)
+
+    def propose(self, base, state):
+        def deeper(level, tokens_C):
+            below = tokens_C[level.expanded_A]
+            return (self.table[below], torch.zeros(len(below), 1)) if len(below) else None
+
+        return fill(state, self.table[state.root], torch.zeros(1), deeper, draws="iid")
+
+
 @pytest.fixture
 def toy_base():
     return ToyBase
@@ -204,6 +223,11 @@ def toy_base():
 @pytest.fixture
 def scripted():
     return Scripted
+
+
+@pytest.fixture
+def tabled():
+    return Tabled
 
 
 @pytest.fixture

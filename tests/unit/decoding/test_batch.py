@@ -13,12 +13,11 @@ from draftsmith.decoding.engine import decode, generate
 from draftsmith.decoding.gates import Fixed
 from draftsmith.decoding.policies.beam import Beam
 from draftsmith.decoding.rules import Rules
-from draftsmith.drafting import fill
 from draftsmith.errors import ConfigError
 from draftsmith.growth import Warp
 from draftsmith.roles import Proposal
 
-EIGHT = [[int(c) for c in ids] for ids in "3 132230 441 012340123 22 10432 0000000 3141".split()]
+EIGHT = [[int(c) for c in ids] for ids in ["3", "132230", "441", "012340123", "22", "10432", "0000000", "3141"]]
 ROOMY = Beam(2, 6)  # only its bounds count: of a depth of six, thirteen nodes
 BRANCHED = tree.from_paths([[0], [1], [2], [0, 0], [1, 0], [1, 1], [1, 1, 0], [1, 1, 1]])
 EVERYTHING = Needs(hidden=frozenset({0, 2}), final=True, logits=True)
@@ -227,29 +226,12 @@ def test_a_sampled_row_has_the_text_of_the_row_alone(base, rules):
     assert twins[0].tokens == twins[2].tokens != twins[1].tokens
 
 
-class Drafting:
-    """Draws its tokens from a table of its own."""
-
-    gated, runs_base = True, False
-    needs, max_depth = Needs(), 3
-
-    def __init__(self):
-        self.table = 10 * torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-    def propose(self, base, state):
-        def deeper(level, tokens_C):
-            below = tokens_C[level.expanded_A]
-            return (self.table[below], torch.zeros(len(below), 1)) if len(below) else None
-
-        return fill(state, self.table[state.root], torch.zeros(1), deeper)
-
-
 @pytest.mark.parametrize("drafts", ["iid", "distinct"])
-def test_a_row_whose_drafts_are_drawn_has_the_text_of_the_row_alone(base, drafts):
+def test_a_row_whose_drafts_are_drawn_has_the_text_of_the_row_alone(base, drafts, tabled):
     rules, seeds = Rules(Warp(T), drafts), list(range(8))
     how = {"max_new_tokens": 24, "rules": rules, "shape": BRANCHED, "seeds": seeds}
-    together = decode(base, EIGHT, drafters=Drafting(), **how)
-    same(together, alone(base, EIGHT, Drafting(), **how))
+    together = decode(base, EIGHT, drafters=tabled(5), **how)
+    same(together, alone(base, EIGHT, tabled(5), **how))
     assert sum(out.stats.accepted for out in together) > 20
 
 
@@ -308,37 +290,29 @@ def test_a_drafter_sees_nothing_that_another_row_asked_for(base, scripted):
             )
 
 
-def test_every_row_has_its_own_gate(base):
+def test_every_row_has_its_own_gate(base, tabled):
     watched = []
     how = {"shape": tree.chain(3), "max_new_tokens": 20, "watch": lambda p, verdict: watched.append(len(p.tokens_N))}
-    together = decode(base, EIGHT[:3], drafters=Drafting(), gates=[Fixed(1), None, Fixed(2)], **how)
+    together = decode(base, EIGHT[:3], drafters=tabled(5), gates=[Fixed(1), None, Fixed(2)], **how)
     assert [len([n for n in out.stats.offered_by_depth if n]) for out in together] == [1, 3, 2]
     assert [out.tokens for out in together] == [base.continuation(p, 20) for p in EIGHT[:3]]
     assert sorted(watched) == sorted(n for out, n in zip(together, (2, 4, 3), strict=True) for _ in range(out.steps))
 
 
-class Together(Drafting):
-    """Drafts for all rows at once, and says for how many."""
+def test_one_drafter_of_all_rows_may_draft_for_them_at_once(base, tabled):
+    class Together(tabled):
+        def propose_rows(self, base, states):
+            asked.append(len(states))
+            return [self.propose(base, state) for state in states]
 
-    def __init__(self):
-        super().__init__()
-        self.asked = []
-
-    def propose_rows(self, base, states):
-        self.asked.append([state.tokens[0] for state in states])
-        return [self.propose(base, state) for state in states]
-
-
-def test_one_drafter_of_all_rows_may_draft_for_them_at_once(base):
-    how, prompts = {"shape": BRANCHED, "max_new_tokens": 20}, EIGHT[:4]
-    one, expected = Together(), decode(base, prompts, drafters=Drafting(), **how)
-    same(decode(base, prompts, drafters=one, **how), expected)
-    assert len(one.asked) == max(out.steps for out in expected)
-    assert one.asked[0] == [prompt[0] for prompt in prompts]
-    assert sum(map(len, one.asked)) == sum(out.steps for out in expected)
-    several = [Together() for _ in prompts]
-    same(decode(base, prompts[:1] * 2 + prompts[2:], drafters=several, **how)[2:], expected[2:])
-    assert all(len(states) == 1 for drafter in several for states in drafter.asked)
+    asked, prompts, how = [], EIGHT[:4], {"shape": BRANCHED, "max_new_tokens": 20}
+    expected = decode(base, prompts, drafters=tabled(5), **how)
+    same(decode(base, prompts, drafters=[Together(5) for _ in prompts], **how), expected)
+    assert not asked
+    same(decode(base, prompts, drafters=Together(5), **how), expected)
+    steps = sorted(out.steps for out in expected)
+    assert steps[-1] > steps[-2]  # the last row goes on alone, and is then asked as one
+    assert asked == [sum(n > i for n in steps) for i in range(steps[-2])]
 
 
 # Rows that leave

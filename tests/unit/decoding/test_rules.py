@@ -6,13 +6,11 @@ import random
 import pytest
 import torch
 
-from draftsmith.contracts import Needs
 from draftsmith.decoding import tree, verify
 from draftsmith.decoding.engine import decode, generate
 from draftsmith.decoding.policies.beam import Beam
 from draftsmith.decoding.policies.dyspec import DySpec
 from draftsmith.decoding.rules import Chance, Rules
-from draftsmith.drafting import fill
 from draftsmith.errors import ConfigError
 from draftsmith.growth import Warp
 from draftsmith.roles import Proposal
@@ -22,24 +20,6 @@ T = 12.0  # the toy's logits are far apart
 CPU = torch.device("cpu")
 SHAPES = {"root": tree.chain(0), "chain": tree.chain(4), "full": tree.by_widths([3, 2, 2])}
 BUSHY = tree.from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
-
-
-class Drafting:
-    """Fills its shape level by level from a table of its own, drawn or best tokens, under the state's gate."""
-
-    gated, runs_base = True, False
-    needs, max_depth = Needs(), 4
-
-    def __init__(self, vocab, seed=0, scale=10.0):
-        g = torch.Generator().manual_seed(seed)
-        self.table = scale * torch.randn(vocab, vocab, generator=g, dtype=torch.float64)
-
-    def propose(self, base, state):
-        def deeper(level, tokens_C):
-            below = tokens_C[level.expanded_A]
-            return (self.table[below], torch.zeros(len(below), 1)) if len(below) else None
-
-        return fill(state, self.table[state.root], torch.zeros(1), deeper, draws="iid")
 
 
 class Whim:
@@ -177,12 +157,12 @@ def test_check_29_sampled_tokens_follow_the_bases_distribution(toy_base, chance_
 
 
 @pytest.mark.parametrize("gate", ["alone", None, "whim", "look"])
-def test_check_29_drawn_drafts_leave_the_joint_distribution_as_it_is(toy_base, gate, chance_of):
+def test_check_29_drawn_drafts_leave_the_joint_distribution_as_it_is(toy_base, gate, chance_of, tabled):
     """§11.29: the prefill's token and the two after it, over seeds, exactly the base's, wherever drafting is stopped,
     and without any."""
     base, count, prompt = toy_base(vocab=3, max_positions=12), 1500, [1, 2, 0, 2]
     p_VVV, apart_VVV = joint(base, prompt, Warp(T))
-    drafter = None if gate == "alone" else Drafting(3)
+    drafter = None if gate == "alone" else tabled(3)
     whim = Whim(gate == "look") if gate in ("whim", "look") else None
     told = {"drafters": drafter, "shape": drafter and tree.chain(3), "gates": whim, "rules": Rules(Warp(T))}
     counts_VVV, accepted = counted(base, prompt, 3, count, **told)
@@ -204,11 +184,11 @@ def test_check_29_drawn_drafts_leave_the_joint_distribution_as_it_is(toy_base, g
     ],
     ids=["iid", "distinct", "spectr", "top_p", "dyspec_top_k", "beam"],
 )
-def test_check_29_drawn_trees_do_too(toy_base, shape, rules, chance_of):
+def test_check_29_drawn_trees_do_too(toy_base, shape, rules, chance_of, tabled):
     base, count, prompt = toy_base(vocab=3, max_positions=12), 1000, [1, 2, 0, 2]
     p_VVV, apart_VVV = joint(base, prompt, rules.warp)
     gate = None if isinstance(shape, DySpec) else Whim(True)
-    told = {"drafters": Drafting(3, scale=1.0), "shape": shape, "rules": rules, "gates": gate}
+    told = {"drafters": tabled(3, scale=1.0), "shape": shape, "rules": rules, "gates": gate}
     counts_VVV, accepted = counted(base, prompt, 3, count, **told)
     assert chance_of(counts_VVV, p_VVV) > 1e-3
     assert chance_of(counts_VVV, apart_VVV) < 1e-6 or rules.warp != Warp(T)
@@ -217,27 +197,27 @@ def test_check_29_drawn_trees_do_too(toy_base, shape, rules, chance_of):
     assert gate is None or gate.said == {True, False}
 
 
-def test_a_drawn_tree_that_is_cut_at_the_end_takes_no_gate(toy_base):
+def test_a_drawn_tree_that_is_cut_at_the_end_takes_no_gate(toy_base, tabled):
     """Whether a level follows decides what of the one before it stays; a gate that sees the draws would choose."""
-    told = {"drafters": Drafting(3), "shape": DySpec(5, 3, 3), "gates": Whim(True)}
+    told = {"drafters": tabled(3), "shape": DySpec(5, 3, 3), "gates": Whim(True)}
     with pytest.raises(ConfigError, match="gate: Whim sees what is drawn"):
         decode(toy_base(vocab=3), [[1, 2]], max_new_tokens=3, rules=Rules(Warp(T), "distinct"), **told)
     decode(toy_base(vocab=3), [[1, 2]], max_new_tokens=3, rules=Rules(Warp(T), "best"), **told)
 
 
-def test_typical_acceptance_is_told_from_an_exact_rule(toy_base, chance_of):
+def test_typical_acceptance_is_told_from_an_exact_rule(toy_base, chance_of, tabled):
     base, count, prompt = toy_base(vocab=3, max_positions=12), 600, [1, 2, 0, 2]
     p_VVV, _ = joint(base, prompt, Warp(T))
     rules = Rules(Warp(T), "iid", "typical", epsilon=0.1)
-    counts_VVV, _ = counted(base, prompt, 3, count, drafters=Drafting(3), shape=tree.chain(3), rules=rules)
+    counts_VVV, _ = counted(base, prompt, 3, count, drafters=tabled(3), shape=tree.chain(3), rules=rules)
     assert chance_of(counts_VVV, p_VVV) < 1e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("warp", [Warp(T), Warp(T, top_k=3, top_p=0.9)], ids=["all", "cut"])
-def test_a_seed_decides_the_text_whatever_is_drafted_and_wherever_it_stops(toy_base, shape, warp):
+def test_a_seed_decides_the_text_whatever_is_drafted_and_wherever_it_stops(toy_base, shape, warp, tabled):
     base, changed = toy_base(vocab=5), 0
-    drafter = Drafting(5)
+    drafter = tabled(5)
     drafter.table = base.lm_head_weight @ base.lm_head_weight.T  # anything with ranks
     for seed in range(4):
         how = {"max_new_tokens": 30, "rules": Rules(warp, "best"), "seed": seed}
@@ -250,8 +230,8 @@ def test_a_seed_decides_the_text_whatever_is_drafted_and_wherever_it_stops(toy_b
     assert changed or not shape.depth
 
 
-def test_a_seed_means_one_text_and_another_seed_another(toy_base):
-    base, drafter = toy_base(), Drafting(7)
+def test_a_seed_means_one_text_and_another_seed_another(toy_base, tabled):
+    base, drafter = toy_base(), tabled(7)
 
     def texts(**how):
         return [tuple(generate(base, PROMPT, max_new_tokens=12, seed=s, **how).tokens) for s in (0, 1, 2, 0)]
@@ -264,9 +244,9 @@ def test_a_seed_means_one_text_and_another_seed_another(toy_base):
     assert len(set(texts())) == 1  # greedy knows no chance
 
 
-def test_nearly_no_temperature_is_greedy(toy_base):
+def test_nearly_no_temperature_is_greedy(toy_base, tabled):
     base, answer = toy_base(), toy_base().continuation(PROMPT, 30)
     assert generate(base, PROMPT, max_new_tokens=30, temperature=1e-6, seed=3).tokens == answer
     for drafts in ("iid", "distinct"):
-        how = {"drafter": Drafting(7), "shape": BUSHY, "rules": Rules(Warp(1e-6), drafts), "seed": 3}
+        how = {"drafter": tabled(7), "shape": BUSHY, "rules": Rules(Warp(1e-6), drafts), "seed": 3}
         assert generate(base, PROMPT, max_new_tokens=30, **how).tokens == answer
