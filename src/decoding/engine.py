@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from draftsmith.contracts import BaseView, Capture, Needs
 from draftsmith.decoding import tree, verify
+from draftsmith.decoding.costs import clock_of
 from draftsmith.decoding.plan import Plan, Plans, together
 from draftsmith.decoding.rows import Row, only
 from draftsmith.decoding.rules import Chance, Rules
@@ -362,9 +363,9 @@ def _logits(base: BaseView, capture: Capture) -> Tensor:
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """Wall time after the device's work is done, so that a part's seconds are its own."""
+    """Time after the device's work is done, so that a part's seconds are its own."""
     if device.type != "cuda":
-        return time.perf_counter
+        return clock_of(device)
 
     def synchronised() -> float:
         torch.cuda.synchronize(device)

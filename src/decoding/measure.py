@@ -1,13 +1,13 @@
 """Several ways to decode the same prompts, in turn and in one process, so that their ratios mean something.
 
-Wall time on a shared machine is noisy: every contender decodes every prompt `repeats` times, interleaved, and
-a prompt's time is its median. Seconds are those of the whole call, prefill included, for every contender.
+Time on a shared machine is noisy: every contender decodes every prompt `repeats` times, interleaved, and
+a prompt's time is its median, in CPU-seconds where one thread computes (costs.clock_of). Seconds are those of the whole
+call, prefill included, for every contender.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from draftsmith.contracts import BaseView
+from draftsmith.decoding.costs import clock_of
 from draftsmith.decoding.engine import Generation, decode, generate
 from draftsmith.decoding.lossless import Lossless, compare
 from draftsmith.decoding.rules import Rules
@@ -75,6 +76,7 @@ def measure(
     seed: of the first prompt's text; the next one's is one more, and so on.
     batch_size: so many prompts are decoded together, by everybody but the outside generators.
     """
+    clock = clock_of(base.lm_head_weight.device)
     results = {name: Result() for name in ("autoregressive", *contenders, *outside)}
     limits: dict[str, Any] = {"eos_ids": eos_ids, "rules": rules or Rules()}
     names = list(results)
@@ -96,9 +98,9 @@ def measure(
         for again in range(repeats):
             turn = (first // batch_size + again) % len(names)  # nobody always follows the same one
             for name in names[turn:] + names[:turn]:
-                began = time.perf_counter()
+                began = clock()
                 out = run(name, batch, texts)
-                times[name].append(time.perf_counter() - began)
+                times[name].append(clock() - began)
                 result = results[name]
                 if again == 0:
                     result.tokens += [tokens for tokens, _ in out]

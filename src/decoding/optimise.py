@@ -14,8 +14,8 @@ drafter goes to. So a size is found as in PPD (arXiv 2405.18628): tau(n) over th
 
 from __future__ import annotations
 
+import random
 import statistics
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from draftsmith.contracts import BaseView
 from draftsmith.decoding import measure
 from draftsmith.decoding.breakdown import interval
+from draftsmith.decoding.costs import clock_of
 from draftsmith.decoding.engine import generate
 from draftsmith.decoding.measure import Contender
 from draftsmith.decoding.probing import Counts, Position, kept_by, probed, replayed
@@ -35,7 +36,7 @@ from draftsmith.roles import Drafter, Proposal, Verdict
 RANKS = 10  # best tokens per depth that a tree may take; the published ones take no more
 SAME = 0.02  # of the best speed: less is noise, and the smaller tree is preferred
 FINALISTS = 6  # of all candidates, timed again
-FEW, MANY, MORE = 4, 8, 16  # prompts that everybody is timed on, the finalists, and those that are compared at the end
+FEW, MANY, MORE = 4, 12, 16  # prompts that everybody is timed on, the finalists, and those that are compared at the end
 BEGINNING = 48  # tokens of a text that everybody is timed on
 PLAIN = "autoregressive"
 
@@ -188,20 +189,19 @@ class Optimiser:
         return Counts(stats.steps, stats.emitted, stats.accepted_by_depth)
 
     def costs(self, candidates: Sequence[Candidate], prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Cost]:
-        """By name, plain decoding's too: everybody decodes every prompt in turn, as often as measurements are repeated,
-        at most so many tokens."""
+        """By name, plain decoding's too: everybody decodes every prompt in some order, as often as measurements are
+        repeated, at most so many tokens."""
         how = {**self.once, "max_new_tokens": min(tokens, self.how["max_new_tokens"])}
         company: dict[str, dict[str, Any]] = {PLAIN: {}}
         company |= {c.name: {"drafter": self.drafter, "shape": c.spec.shape(self.depth)} for c in candidates}
-        names = list(company)
+        names, clock = list(company), clock_of(self.base.lm_head_weight.device)
         sweeps: list[dict[str, tuple[float, Stats]]] = []
         for n, prompt in enumerate([prompts[0], *(p for p in prompts for _ in range(self.how["repeats"]))]):
             sweep = {}
-            turn = n % len(names)  # nobody always follows the same one
-            for name in names[turn:] + names[:turn]:
-                began = time.perf_counter()
+            for name in random.Random(n).sample(names, len(names)):  # nobody always follows the same one
+                began = clock()
                 stats = generate(self.base, prompt, **how, **company[name]).stats
-                sweep[name] = (time.perf_counter() - began, stats)
+                sweep[name] = (clock() - began, stats)
             sweeps.append(sweep)
         return costs_of(sweeps[1:])  # everybody's first call warms up
 
