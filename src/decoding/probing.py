@@ -62,6 +62,7 @@ class TrueRanks:
         self.truth, self.width = list(truth), width
         self.depth = len(self.truth)
         self.nodes = self.drafted = 1 + width * self.depth
+        self.drawable = frozenset[str]()
         self._parents, self._level, self._at = [-1], 0, 0
 
     def cut(self, depth: int) -> TrueRanks:
