@@ -40,10 +40,12 @@ def tree(
         )
     drafter = cast(Drafter, head)
     deepest = min(drafter.max_depth, decoding.depth or drafter.max_depth)
-    chosen_on, measured_on = halves(asked)
+    first, rest = halves(asked)
+    chosen_on, measured_on = ([one.ids for one in half] for half in (first, rest))
     optimiser = Optimiser(base, drafter, deepest, _how(base, decoding, settings), settings.sizes, published())
     choice = optimiser.choose(chosen_on)
-    predicted, measured = optimiser.predicted(choice, measured_on), optimiser.measured(choice, measured_on)
+    predicted = optimiser.predicted(choice, measured_on)
+    measured = optimiser.measured(choice, measured_on, [one.question for one in rest])
 
     def both(name: str) -> dict[str, Any]:
         kept = ("tokens_per_step", "tokens_per_second", "speedup")
@@ -68,22 +70,18 @@ def tree(
     }
 
 
-def halves(asked: Sequence[Asked]) -> tuple[list[list[int]], list[list[int]]]:
-    """The prompts of every other question, and those of the rest; each source gives to both. The turns of a question
-    stay together, since a later one holds the earlier."""
-    questions: dict[str, list[list[list[int]]]] = {}
-    before: Asked | None = None
+def halves(asked: Sequence[Asked]) -> tuple[list[Asked], list[Asked]]:
+    """The prompts of every other question of each source, and the rest."""
+    sources: dict[str, list[int]] = {}
     for one in asked:
-        of_source = questions.setdefault(one.source, [])
-        goes_on = before is not None and one.turn == before.turn + 1 and one.ids[: len(before.ids)] == before.ids
-        if not (of_source and goes_on):
-            of_source.append([])
-        of_source[-1].append(one.ids)
-        before = one
-    order = [question for of_source in questions.values() for question in of_source]
+        questions = sources.setdefault(one.source, [])
+        if one.question not in questions:
+            questions.append(one.question)
+    order = [question for questions in sources.values() for question in questions]
     if len(order) < 2:
         raise ConfigError(f"prompts: {len(order)} question; a tree is chosen on half of them and measured on the rest")
-    return tuple([ids for question in order[n::2] for ids in question] for n in (0, 1))  # type: ignore[return-value]
+    first = set(order[::2])
+    return [one for one in asked if one.question in first], [one for one in asked if one.question not in first]
 
 
 def published() -> dict[str, TreeSpec]:

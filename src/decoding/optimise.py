@@ -112,9 +112,9 @@ class Optimiser:
         """Whether what it drafts depends on the text alone: not where it is its own gate."""
         return not hasattr(self.drafter, "stop")
 
-    @property
-    def once(self) -> dict[str, Any]:
-        return {k: v for k, v in self.how.items() if k != "repeats"}
+    def of_text(self, number: int) -> dict[str, Any]:
+        """How one of several prompts is decoded once; the seeds are those of measure.measure."""
+        return {k: v for k, v in self.how.items() if k != "repeats"} | {"seed": self.how["seed"] + number}
 
     def choose(self, prompts: Sequence[Sequence[int]]) -> Choice:
         """The best tree for these prompts, and how it stands among the others."""
@@ -156,7 +156,8 @@ class Optimiser:
     def looked_at(self, prompts: Sequence[Sequence[int]], nodes: int) -> list[list[Position]]:
         """The texts after these prompts; nodes: of the largest of EAGLE-2's trees to be replayed."""
         nodes = nodes if self.replayable else 0
-        return [probed(self.base, self.drafter, p, self.depth, self.once, RANKS, nodes) for p in prompts]
+        each = [(p, self.of_text(n)) for n, p in enumerate(prompts)]
+        return [probed(self.base, self.drafter, p, self.depth, how, RANKS, nodes) for p, how in each]
 
     def candidates(self, texts: Sequence[Sequence[Position]], prompts: Sequence[Sequence[int]]) -> list[Candidate]:
         """All that are tried; of trees that are one under two names the first. Shallower trees than the drafter goes
@@ -191,7 +192,7 @@ class Optimiser:
     def costs(self, candidates: Sequence[Candidate], prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Cost]:
         """By name, plain decoding's too: everybody decodes every prompt in some order, as often as measurements are
         repeated, at most so many tokens."""
-        how = {**self.once, "max_new_tokens": min(tokens, self.how["max_new_tokens"])}
+        how = {**self.of_text(0), "max_new_tokens": min(tokens, self.how["max_new_tokens"])}
         company: dict[str, dict[str, Any]] = {PLAIN: {}}
         company |= {c.name: {"drafter": self.drafter, "shape": c.spec.shape(self.depth)} for c in candidates}
         names, clock = list(company), clock_of(self.base.lm_head_weight.device)
@@ -221,15 +222,18 @@ class Optimiser:
             }
         return found
 
-    def measured(self, choice: Choice, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """By name, what they do bring there. interval: of tokens per step, 95 %, over prompts."""
+    def measured(
+        self, choice: Choice, prompts: Sequence[Sequence[int]], questions: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """By name, what they do bring there. interval: of tokens per step, 95 %, over questions, whose prompts these
+        are."""
         contenders = {name: self._contender(c) for name, c in choice.compared.items()}
         results = measure.measure(self.base, prompts, contenders, {}, **self.how)
         plain = results.pop(PLAIN)
         return {
             name: {
                 "tokens_per_step": r.stats.tokens_per_step,
-                "interval": interval(r.each),
+                "interval": interval(r.each, questions),
                 "tokens_per_second": r.tokens_per_second,
                 "speedup": r.tokens_per_second / plain.tokens_per_second,
             }
@@ -254,8 +258,9 @@ class Optimiser:
         return Contender(lambda prompt, answer: self.drafter, candidate.spec.shape(self.depth))
 
     def _decoded(self, spec: TreeSpec, prompts: Sequence[Sequence[int]], watch: Any = None) -> Stats:
-        how = {**self.once, "drafter": self.drafter, "shape": spec.shape(self.depth), "watch": watch}
-        return sum((generate(self.base, prompt, **how).stats for prompt in prompts), Stats())
+        own: dict[str, Any] = {"drafter": self.drafter, "shape": spec.shape(self.depth), "watch": watch}
+        each = (generate(self.base, p, **self.of_text(n), **own).stats for n, p in enumerate(prompts))
+        return sum(each, Stats())
 
 
 def grown(ranks: Sequence[tuple[int, ...]], sizes: Sequence[int], depth: int) -> dict[int, list[list[int]]]:

@@ -118,6 +118,7 @@ class TrueBudgets:
         self.shape = ByProbability(nodes, len(self.truth))
         self.depth = len(self.truth)
         self.nodes = self.drafted = self.shape.drafted
+        self.drawable = frozenset[str]()
 
     def cut(self, depth: int) -> TrueBudgets:
         return TrueBudgets(self.truth[:depth], self.shape.nodes)

@@ -50,7 +50,7 @@ def _of_head(name: str, r: dict[str, Any]) -> list[str]:
     if r.get("tokens_per_step_interval"):
         low, high = r["tokens_per_step_interval"]
         depths = " ".join(f"{a:.2f}" for a in r["acceptance_by_depth"])
-        lines.append(f"{name}: 95 % interval of tau over prompts {low:.2f} to {high:.2f}; accepted by depth {depths}")
+        lines.append(f"{name}: 95 % interval of tau over questions {low:.2f} to {high:.2f}; accepted by depth {depths}")
     for kind in ("source", "turn", "context"):
         parts = r.get(f"by_{kind}") or {}
         if len(parts) > 1:

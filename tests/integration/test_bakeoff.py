@@ -93,7 +93,7 @@ def test_every_way_to_decode_is_judged_beside_all_baselines(training: list[str],
     head, output = judged("tree=mc_sim_7b_63")
     assert head["lossless"]["ok"]
     assert head["tree"]["depth"] == 3
-    assert "95 % interval of tau over prompts" in output
+    assert "tau by context" in output
 
 
 @pytest.mark.parametrize(

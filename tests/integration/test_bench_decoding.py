@@ -36,7 +36,7 @@ def test_files_and_figures(micro: Path, tmp_path: Path) -> None:
     assert set(found["plain_over"]) == {"hf_generate", "bare_loop"}
     oracle = found["oracle"]
     assert oracle["depth"] == 2
-    assert oracle["share"] == pytest.approx(oracle["speedup"] / oracle["allowed"])
+    assert 0.5 * oracle["share"] < oracle["speedup"] / oracle["allowed"] < 2 * oracle["share"]  # medians of ratios
     assert oracle["speedup"] > 0
     assert list(found["forward_cost"]) == ["1", "2", "3", "4"]  # one token, and as many as the oracle has, always
     assert found["forward_cost"]["1"] == 1

@@ -46,7 +46,9 @@ def test_it_stores_a_tree_with_what_it_promises_and_what_it_brings(tuned: tuple[
         shape = spec.shape(depth)
         assert (shape.nodes, shape.depth) == (found["nodes"], found["depth"])
         own = next(row for row in found["table"] if row["name"] == found["name"])
-        assert own["speedup"] == found["predicted_speedup"]
+        assert own["speedup"] == found["promised_speedup"]
+        for one in (found, found["published"], found["chain"]):  # other prompts, but replayed exactly
+            assert one["predicted_tokens_per_step"] == pytest.approx(one["measured_tokens_per_step"])
         assert own["timed_again"]
         assert found["measured_speedup"] > 0
         assert found["published"]["measured_speedup"] > 0
@@ -54,7 +56,7 @@ def test_it_stores_a_tree_with_what_it_promises_and_what_it_brings(tuned: tuple[
         assert (found["chosen_on"], found["measured_on"]) == (2, 2)
         assert len(found["asked"]) >= 4
         assert {"autoregressive", found["name"]} <= {cost["name"] for cost in found["costs"]}
-        assert sum(s["share"] for s in found["shares"]) == pytest.approx(found["predicted_tokens_per_step"] - 1)
+        assert sum(s["share"] for s in found["shares"]) == pytest.approx(found["promised_tokens_per_step"] - 1)
         card = (tuned[0] / "heads" / name / "README.md").read_text()
         assert "by draftsmith tune at temperature 0" in card
         assert f"{found['nodes']} nodes" in card
@@ -146,21 +148,18 @@ def test_what_cannot_be_tuned_is_refused(given: list[str], told: str, run_dir: P
 
 
 def test_halves_take_from_every_source_and_leave_turns_together() -> None:
-    """The second turn of a question holds the first; a chat that begins with its second turn is a question."""
-    asked = [
-        Asked([1, 2], "chats", 1),
-        Asked([1, 2, 3, 4], "chats", 2),
-        Asked([5, 6, 7], "chats", 2),
-        Asked([8], "chats", 1),
-        Asked([9, 10, 11], "chats", 2),
-        Asked([20], "text", 1),
-        Asked([21], "text", 1),
+    chats = [
+        Asked([1], "chats", 1, 0),
+        Asked([1, 2], "chats", 2, 0),
+        Asked([3], "chats", 2, 1),
+        Asked([4], "chats", 1, 2),
     ]
-    one, other = tuning.halves(asked)
-    assert one == [[1, 2], [1, 2, 3, 4], [8], [20]]
-    assert other == [[5, 6, 7], [9, 10, 11], [21]]
+    text = [Asked([20], "text", 1, 3), Asked([21], "text", 1, 4), Asked([22], "text", 1, 5)]
+    one, other = tuning.halves([*chats, *text])
+    assert [a.ids for a in one] == [[1], [1, 2], [4], [21]]
+    assert [a.ids for a in other] == [[3], [20], [22]]
     with pytest.raises(ConfigError, match="1 question"):
-        tuning.halves(asked[:2])
+        tuning.halves(chats[:2])
 
 
 def test_the_published_trees_are_those_of_conf_tree() -> None:

@@ -282,7 +282,7 @@ def test_it_runs_whole_and_its_shares_add_up(optimiser: Any) -> None:
         for tree_name, told in measured.items():
             assert told["tokens_per_step"] == pytest.approx(predicted[tree_name]["tokens_per_step"])
         of_kind = next(row for row in choice.table if row["kind"] == drafts)
-        texts = [probed(own.base, own.drafter, p, DEPTH, own.once, 10, 16) for p in PROMPTS]
+        texts = [probed(own.base, own.drafter, p, DEPTH, own.of_text(n), 10, 16) for n, p in enumerate(PROMPTS)]
         candidate = next(c for c in own.candidates(texts, PROMPTS) if c.name == of_kind["name"])
         shares = own.shares(candidate, PROMPTS)
         assert sum(s["share"] for s in shares) == pytest.approx(candidate.counts.tokens_per_step - 1)

@@ -56,7 +56,7 @@ def lines_of(**more: Any) -> list[str]:
 def test_the_interval_and_what_was_accepted_by_depth() -> None:
     more = {"tokens_per_step_interval": [2.314, 2.606], "acceptance_by_depth": [0.81, 0.5, 0.333]}
     assert lines_of(**more) == [
-        "medusa: 95 % interval of tau over prompts 2.31 to 2.61; accepted by depth 0.81 0.50 0.33"
+        "medusa: 95 % interval of tau over questions 2.31 to 2.61; accepted by depth 0.81 0.50 0.33"
     ]
     assert lines_of(tokens_per_step_interval=None, acceptance_by_depth=[0.5]) == []  # a single prompt has none
 
