@@ -36,6 +36,8 @@ from draftsmith.roles import Drafter, Gate, Primer, Proposal, RowsDrafter, State
 
 T = TypeVar("T")
 
+ROOT = torch.zeros(1, dtype=torch.long)
+
 Watch = Callable[[Proposal, Verdict], None]
 
 
@@ -263,7 +265,10 @@ class _Run:
         """What of each is kept, and the tokens of all nodes; of a greedy text with one wait for the device."""
         found = []
         if self.rules.greedy:
-            told = torch.stack([tokens_BN, logits_BNV.max(-1).indices]).cpu()
+            best_BN = logits_BNV.max(-1).indices
+            if tokens_BN.shape[1] == 1:  # roots alone, which are always kept: plain decoding's every step
+                return [Verdict(ROOT, bonus) for (bonus,) in best_BN.tolist()], [[row.state.root] for row in self.rows]
+            told = torch.stack([tokens_BN, best_BN]).cpu()
             for b, plan in enumerate(plans):
                 mine = Proposal(told[0, b, : plan.nodes], plan.parents_N)
                 found.append(verify.greedy(mine, told[1, b, : plan.nodes]))
