@@ -51,7 +51,8 @@ def tree(
         kept = ("tokens_per_step", "tokens_per_second", "speedup")
         parts = {"promised": choice.row(name), "predicted": predicted[name], "measured": measured[name]}
         figures = {f"{part}_{k}": told[k] for part, told in parts.items() for k in kept}
-        return {"name": name, **figures, "measured_interval": measured[name]["interval"]}
+        spread = {f"measured_{k}": measured[name][k] for k in ("interval", "speedups")}
+        return {"name": name, **figures, **spread}
 
     return {
         "tree": dataclasses.asdict(choice.best.spec),

@@ -36,7 +36,7 @@ from draftsmith.roles import Drafter, Proposal, Verdict
 RANKS = 10  # best tokens per depth that a tree may take; the published ones take no more
 SAME = 0.02  # of the best speed: less is noise, and the smaller tree is preferred
 FINALISTS = 6  # of all candidates, timed again
-FEW, MANY, MORE = 4, 12, 16  # prompts that everybody is timed on, the finalists, and those that are compared at the end
+FEW, MANY, MORE = 3, 8, 12  # prompts that everybody is timed on, the finalists, and those that are compared at the end
 BEGINNING = 48  # tokens of a text that everybody is timed on
 PLAIN = "autoregressive"
 
@@ -197,7 +197,7 @@ class Optimiser:
         company |= {c.name: {"drafter": self.drafter, "shape": c.spec.shape(self.depth)} for c in candidates}
         names, clock = list(company), clock_of(self.base.lm_head_weight.device)
         sweeps: list[dict[str, tuple[float, Stats]]] = []
-        for n, prompt in enumerate([prompts[0], *(p for p in prompts for _ in range(self.how["repeats"]))]):
+        for n, prompt in enumerate([prompts[0], *list(prompts) * self.how["repeats"]]):
             sweep = {}
             for name in random.Random(n).sample(names, len(names)):  # nobody always follows the same one
                 began = clock()
@@ -225,20 +225,24 @@ class Optimiser:
     def measured(
         self, choice: Choice, prompts: Sequence[Sequence[int]], questions: Sequence[int] | None = None
     ) -> dict[str, Any]:
-        """By name, what they do bring there. interval: of tokens per step, 95 %, over questions, whose prompts these
-        are."""
+        """By name, what they do bring there: medians over passes through all the prompts, each pass's `speedups` beside
+        them, since they tell the noise of this machine. interval: of tokens per step, 95 %, over questions, whose
+        prompts these are."""
         contenders = {name: self._contender(c) for name, c in choice.compared.items()}
-        results = measure.measure(self.base, prompts, contenders, {}, **self.how)
-        plain = results.pop(PLAIN)
-        return {
-            name: {
-                "tokens_per_step": r.stats.tokens_per_step,
-                "interval": interval(r.each, questions),
-                "tokens_per_second": r.tokens_per_second,
-                "speedup": r.tokens_per_second / plain.tokens_per_second,
+        once = {**self.how, "repeats": 1}
+        passes = [measure.measure(self.base, prompts, contenders, {}, **once) for _ in range(self.how["repeats"])]
+        found = {}
+        for name in contenders:
+            own = passes[0][name]
+            speedups = [one[name].tokens_per_second / one[PLAIN].tokens_per_second for one in passes]
+            found[name] = {
+                "tokens_per_step": own.stats.tokens_per_step,
+                "interval": interval(own.each, questions),
+                "tokens_per_second": statistics.median(one[name].tokens_per_second for one in passes),
+                "speedup": statistics.median(speedups),
+                "speedups": speedups,
             }
-            for name, r in results.items()
-        }
+        return found
 
     def shares(self, candidate: Candidate, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
         """How often a step keeps each node of a static tree or a chain: path of ranks and share. Of a tree that is

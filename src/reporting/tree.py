@@ -3,6 +3,7 @@ terminal, as Markdown, and as a picture of two panels. Equal results give equal 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,19 +37,23 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     """What was found, in words. promised: on the prompts that chose the tree; predicted: on the others, from what would
     be kept there and the same costs."""
     predicted, measured = found["predicted_speedup"], found["measured_speedup"]
-    within = found["measured_interval"]
+    within, passes = found["measured_interval"], found["measured_speedups"]
     spread = f" ({within[0]:.2f} to {within[1]:.2f} at 95 %)" if within else ""
     lines = [
         f"{len(found['table'])} trees tried on {found['chosen_on']} prompts, the best measured on"
         f" {found['measured_on']} others",
         f"{found['name']} ({found['nodes']} nodes, {found['depth']} deep) predicted {predicted:.2f}x, measured"
-        f" {measured:.2f}x ({predicted / measured - 1:+.1%}); tokens per step {found['measured_tokens_per_step']:.2f}"
+        f" {measured:.2f}x ({predicted / measured - 1:+.1%}; {min(passes):.2f} to {max(passes):.2f} in {len(passes)}"
+        f" passes); tokens per step {found['measured_tokens_per_step']:.2f}"
         f"{spread}, {found['promised_tokens_per_step']:.2f} on the prompts that chose it",
     ]
     for what, other in (("the best published tree", found["published"]), ("the chain", found["chain"])):
         if other is not None and other["name"] != found["name"]:
-            over = measured / other["measured_speedup"]
-            lines.append(f"{over:.2f} times as fast as {what}, {other['name']} ({other['measured_speedup']:.2f}x)")
+            over = [one / theirs for one, theirs in zip(passes, other["measured_speedups"], strict=True)]
+            lines.append(
+                f"{statistics.median(over):.2f} times as fast as {what}, {other['name']}"
+                f" ({min(over):.2f} to {max(over):.2f})"
+            )
     if found["promised_speedup"] < 1:
         lines.append(
             "no tree beats plain decoding here: decode without this head, or tune where a base's step costs more"

@@ -281,6 +281,7 @@ def test_it_runs_whole_and_its_shares_add_up(optimiser: Any) -> None:
         assert set(predicted) == set(measured) == set(choice.compared)
         for tree_name, told in measured.items():
             assert told["tokens_per_step"] == pytest.approx(predicted[tree_name]["tokens_per_step"])
+            assert [told["speedup"]] == told["speedups"]
         of_kind = next(row for row in choice.table if row["kind"] == drafts)
         texts = [probed(own.base, own.drafter, p, DEPTH, own.of_text(n), 10, 16) for n, p in enumerate(PROMPTS)]
         candidate = next(c for c in own.candidates(texts, PROMPTS) if c.name == of_kind["name"])
