@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,15 +40,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, dtypes, shapes and bytes; the order of the mapping does not matter."""
+def tensors_sha256(tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Any] = contextlib.nullcontext) -> str:
+    """Hash of names, dtypes, shapes and bytes; the order of the mapping does not matter. whole: a context in which a
+    tensor that lies in pieces is put together; entered once for each, in the order of their names."""
     import torch
 
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
+        with whole(tensors[name]):
+            t = tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
+            digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

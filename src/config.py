@@ -42,6 +42,7 @@ MACHINE_KEYS = frozenset(
         "run_dir",
         "debug",
         "evaluate",
+        "strategy",
         "trainer.devices",
         "trainer.num_nodes",
         "trainer.accumulate",
@@ -193,9 +194,10 @@ def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:
     except DraftsmithError as e:
         if debug:
             traceback.print_exc()
-        if isinstance(e, Interrupted) and os.environ.get("LOCAL_RANK", "0") != "0":
-            return e.exit_code  # the first process says it for all
-        return _say(e, e.exit_code)
+        rank = os.environ.get("RANK", "0")
+        if e.told or (isinstance(e, Interrupted) and rank != "0"):  # the first process says it for all
+            return e.exit_code
+        return _say(e if rank == "0" else f"process {rank}: {e}", e.exit_code)
     except (HydraException, OmegaConfBaseException) as e:
         if debug:
             traceback.print_exc()

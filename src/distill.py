@@ -11,6 +11,7 @@ from draftsmith import artifacts, config, prepare, supply
 from draftsmith.data.rows import verified
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError
+from draftsmith.training import processes
 
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM, Outline
@@ -23,21 +24,21 @@ def run(cfg: DictConfig) -> Path:
     if data.prompts is None:
         raise ConfigError("data.prompts: nothing to answer; use data=prompts data.prompts.path=<JSON lines>")
     machine = config.typed({"threads": cfg.threads, "device": cfg.device}, prepare.MachineConfig, "distill")
-    out, (rank, world) = Path(cfg.out), prepare.world()
+    out, here = Path(cfg.out), processes.place()
     out = out if out.name else out.resolve()
     if _complete(out, base_config, data):
         prepare.say(f"{out}: already complete")
         return out
     with artifacts.disk(out, "rows"):
         out.mkdir(parents=True, exist_ok=True)
-    with prepare.held(out, rank):
+    with prepare.held(out, here.rank):
         machine.apply()
         base: BaseLM | Outline
         if data.generation.engine == "base":
-            base = prepare.load_base(base_config, prepare.own_device(machine.device))
+            base = prepare.load_base(base_config, processes.own_device(machine.device))
         else:
             base = prepare.outline(base_config)
-        supply.answer(data, base, out, rank=rank, world=world)
+        supply.answer(data, base, out, rank=here.rank, world=here.world)
     return out
 
 

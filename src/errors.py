@@ -9,6 +9,7 @@ class DraftsmithError(Exception):
     """A failure whose message is one line for the user; `exit_code` is the process's answer."""
 
     exit_code = 1
+    told = False  # another process of this run has said it
 
 
 class ConfigError(DraftsmithError, ValueError):

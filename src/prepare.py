@@ -23,10 +23,11 @@ from typing import IO, TYPE_CHECKING, Any
 from draftsmith import artifacts, config
 from draftsmith.base.settings import LoraConfig
 from draftsmith.errors import ConfigError
-from draftsmith.training.strategy import is_first_process
+from draftsmith.training import processes
 
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM, Outline
+    from draftsmith.base.pieces import Cutter
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,28 @@ def once(folder: Path, make: Callable[[Path], Any]) -> Path:
     return folder
 
 
-def load_base(base: BaseConfig, device: str = "cpu") -> BaseLM:
-    """The base of this configuration, made first if it has a recipe."""
-    from draftsmith.base import lm
-
+def load_base(base: BaseConfig, device: str = "cpu", cutter: Cutter | None = None) -> BaseLM:
+    """The base of this configuration, made first if it has a recipe; in pieces where there is somebody to cut it up."""
+    if device == "cpu":  # peft imports deepspeed where it is installed, which warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     path = base.path or str(base_folder(base))
     if base.trust_remote_code:
         say(f"trust_remote_code: running the code that {path} at revision {base.revision or 'newest'} brings")
-    loaded = lm.load(
-        path,
-        revision=base.revision,
-        dtype=base.dtype,
-        device=device,
-        trust_remote_code=base.trust_remote_code,
-        adapter=base.adapter,
-    )
+    how: dict[str, Any] = {
+        "revision": base.revision,
+        "dtype": base.dtype,
+        "device": device,
+        "trust_remote_code": base.trust_remote_code,
+        "adapter": base.adapter,
+    }
+    if cutter is not None:
+        from draftsmith.base import pieces
+
+        loaded: BaseLM = pieces.load(path, cutter, **how)
+    else:
+        from draftsmith.base import lm
+
+        loaded = lm.load(path, **how)
     return loaded.compile() if base.compile else loaded
 
 
@@ -93,20 +101,6 @@ def outline(base: BaseConfig) -> Outline:
     from draftsmith.base import lm
 
     return lm.outline(path_of(base), revision=base.revision, trust_remote_code=base.trust_remote_code)
-
-
-def world() -> tuple[int, int]:
-    """(rank, number of processes) as torchrun or Slurm says; (0, 1) alone."""
-    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size])
-    return 0, 1
-
-
-def own_device(device: str) -> str:
-    """`cuda` is this process's own one where several run on a node."""
-    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
-    return f"cuda:{local}" if device == "cuda" and local else device
 
 
 def base_folder(base: BaseConfig) -> Path:
@@ -219,7 +213,7 @@ def check_seed(seed: Any) -> None:
 
 def say(text: str) -> None:
     """Progress for people, from one process of a distributed run."""
-    if is_first_process():
+    if processes.is_first():
         print(text, flush=True)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from draftsmith import config, prepare
-from draftsmith.training.strategy import is_first_process
+from draftsmith.training import processes
 
 
 def run(cfg: DictConfig) -> Path:
@@ -19,7 +19,7 @@ def run(cfg: DictConfig) -> Path:
     own = [] if cfg.run_dir is None else [f"run_dir={cfg.run_dir}"]
     training = _told("train", ["experiment=quickstart", f"seed={cfg.seed}", *own, *cfg.train])
     run_dir = train.run(training)
-    if not is_first_process():  # train.devices=2 starts this verb again; the rest is the first one's
+    if not processes.is_first():  # started by a launcher; the rest is the first one's
         return run_dir
     evaluate.run(_told("evaluate", [f"run_dir={run_dir}", *cfg.evaluate]))
     out = run_dir / "export" / "portable"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from draftsmith import artifacts, config, prepare, supply
 from draftsmith.beside import Beside, told
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError, DataError, NumericsError
-from draftsmith.training import strategy
+from draftsmith.training import processes, strategy
 from draftsmith.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,38 +29,56 @@ def run(cfg: DictConfig) -> Path:
     """Trains cfg.heads and returns the run directory; the same configuration resumes, or is complete."""
     base_config = config.typed(cfg.base, prepare.BaseConfig, "base")
     data = config.typed(cfg.data, DataConfig, "data")
+    processes.adopt(cfg.trainer)
     settings = Settings.of(cfg)
     prepare.check_seed(cfg.seed)
     chosen = heads_of(cfg)
     check_company(chosen, base_config, cfg.start_from)
     check_beside(chosen, cfg.get("companion"), cfg.drafter)
-    check_groups(settings.optimizer.heads, [*chosen, *(["base"] if base_config.lora else [])])
+    parts = [*chosen, *(["base"] if base_config.lora else [])]
+    check_groups(settings.optimizer.heads, parts)
+    engine = strategy.engine_config(settings, data.batch_size, parts)
     drafted = cfg.get("companion") is not None
     supply.check(data, labels=any(kind.reads_labels(own, drafted) for kind, own in chosen.values()))
     run_dir = config.run_dir(cfg, "train")
-    first = strategy.is_first_process()
-    begun = artifacts.is_complete(run_dir, manifest="COMPLETE.json") or any((run_dir / "checkpoints").glob("step-*"))
-    if first and begun:
+    trainer = settings.trainer
+    if processes.wants_launch(trainer.devices, trainer.num_nodes):
+        processes.launch("train", OmegaConf.merge(cfg, {"run_dir": str(run_dir)}), trainer.devices)
+        return run_dir
+    with processes.joined(trainer.accelerator, settings.strategy.timeout, alone=bool(engine)):
+        with contextlib.ExitStack() as held:
+            source = processes.together(lambda: _claimed(cfg, run_dir, data, held))
+            done, source = processes.from_first(source)
+            if not done:
+                _run(cfg, run_dir, base_config, data, settings, chosen, source, engine)
+    return _judged(cfg, run_dir)
+
+
+def _claimed(cfg: DictConfig, run_dir: Path, data: DataConfig, held: contextlib.ExitStack) -> tuple[bool, str | None]:
+    """(whether the run is complete, hash of its sources), after the first process made the directory its own."""
+    if not processes.is_first():
+        return False, None
+    complete = artifacts.is_complete(run_dir, manifest="COMPLETE.json")
+    begun = complete or any((run_dir / "checkpoints").glob("step-*"))
+    if begun:
         config.claim(cfg, run_dir)
     source = artifacts.fingerprint(supply.content(data)) if data.chosen else None
-    if artifacts.is_complete(run_dir, manifest="COMPLETE.json"):
+    if complete:
         if artifacts.read_json(run_dir / "COMPLETE.json")["data_sha256"] != source:
             raise DataError(f"{run_dir}: complete, but with other data than there is now; choose another run_dir")
         prepare.say(f"{run_dir}: already complete")
-        return _judged(cfg, run_dir)
-    if first:
-        with artifacts.disk(run_dir, "a run directory"):
-            run_dir.mkdir(parents=True, exist_ok=True)
-    with prepare.held(run_dir) if first else contextlib.nullcontext():
-        if first and not begun:
-            config.claim(cfg, run_dir, begun=False)
-        _run(cfg, run_dir, base_config, data, settings, chosen, source)
-    return _judged(cfg, run_dir)
+        return True, source
+    with artifacts.disk(run_dir, "a run directory"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    held.enter_context(prepare.held(run_dir))
+    if not begun:
+        config.claim(cfg, run_dir, begun=False)
+    return False, source
 
 
 def _judged(cfg: DictConfig, run_dir: Path) -> Path:
     """The run, after draftsmith evaluate has looked at it, if cfg.evaluate asks for that."""
-    if cfg.evaluate is not None and strategy.is_first_process():
+    if cfg.evaluate is not None and processes.is_first():
         from draftsmith import evaluate
 
         evaluate.run(config.compose("evaluate", [f"run_dir={run_dir}", *cfg.evaluate]))
@@ -76,6 +93,7 @@ def _run(
     settings: Settings,
     chosen: dict[str, tuple[type[Head], Any]],
     source: str | None,
+    engine: dict[str, Any],
 ) -> None:
     """Base, rows, heads, training, exports; nothing marks the run complete before the end."""
 
@@ -85,8 +103,11 @@ def _run(
 
     if settings.trainer.threads:  # before the base writes rows: two threads on one busy core are far slower
         torch.set_num_threads(settings.trainer.threads)
-    own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    base = prepare.load_base(base_config, own_gpu if settings.trainer.accelerator == "gpu" else "cpu")
+    device = f"cuda:{processes.place().local}" if settings.trainer.accelerator == "gpu" else "cpu"
+    cutter = strategy.pieces(settings, engine)
+    if cutter is not None and data.prompts is not None:  # a base in pieces answers nothing; kept for the next time
+        supply.rows_of(data, prepare.load_base(base_config, device))
+    base = prepare.load_base(base_config, device, cutter)
     if base_config.lora is not None:
         new_adapter(base, base_config.lora, cfg.seed)
     before = base.weights_sha256()
@@ -109,10 +130,10 @@ def _run(
     ties = {"base": " ".join([before, base.spec.adapter_sha256]).strip(), "rows": chosen_rows.training.sha256()}
     others = {name: told(other, cfg.drafter) for name, other in besides.items() if other is not None}
     ties |= {f"beside {name}": other["sha256"] for name, other in others.items()}
-    _fit(base, heads, chosen_rows, data, run_dir, cfg.seed, settings, ties)
+    _fit(base, heads, chosen_rows, data, run_dir, cfg.seed, settings, ties, engine)
     if base.weights_sha256() != before:
         raise NumericsError("base: its weights changed during training; nothing was exported")
-    if strategy.is_first_process():
+    if processes.is_first():
         facts = {"rows": len(chosen_rows.training), "funnel": chosen_rows.funnel, "sha256": ties}
         _finish(run_dir, heads, base, prepare.provenance(cfg, **facts), source, others)
 
@@ -234,6 +255,7 @@ def _fit(
     seed: int,
     settings: Settings,
     ties: dict[str, str],
+    engine: dict[str, Any],
 ) -> None:
     from draftsmith.data.module import RowsModule, Steps
     from draftsmith.exporters import native
@@ -264,8 +286,7 @@ def _fit(
     if steps < FEW_STEPS:
         prepare.say(f"note: {steps} steps teach a head little; more rows, epochs, or a smaller global batch make more")
     fit.rehearse(base, heads, stream[0].to(base.device))
-    if strategy.is_first_process():
-        native.rehearse(run_dir, heads)
+    processes.together(lambda: native.rehearse(run_dir, heads) if processes.is_first() else None)
 
     def serve(start: int, stop: int) -> RowsModule:
         more: dict[str, Any] = {"weights_N": weights_N, "measured": rows.validation, "num_workers": data.num_workers}
@@ -273,7 +294,7 @@ def _fit(
 
     every = data.validation.every if len(rows.validation) else None
     how: dict[str, Any] = {"run_dir": run_dir, "steps": steps, "seed": seed, "settings": settings, "ties": ties}
-    fit.fit(base, heads, serve, validate_every=every, **how)
+    fit.fit(base, heads, serve, validate_every=every, deepspeed=engine, **how)
 
 
 def _finish(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -107,12 +109,14 @@ def eos_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset()
 
 
-def weights_sha256(model: nn.Module, rotary: str = "") -> str:
+def weights_sha256(
+    model: nn.Module, rotary: str = "", whole: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext
+) -> str:
     """Hash of every parameter and buffer by name, dtype, shape and bytes.
 
     The rotary module's buffers (prefix `rotary`) are left out: some families recompute them in place as
-    sequences grow, and they follow from the configuration alone.
+    sequences grow, and they follow from the configuration alone. whole: puts a tensor together while it is read.
     """
     everything: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     named = [(own, t) for n, t in everything if (own := own_name(n))]
-    return tensors_sha256({n: t for n, t in named if not (rotary and n.startswith(rotary + "."))})
+    return tensors_sha256({n: t for n, t in named if not (rotary and n.startswith(rotary + "."))}, whole)

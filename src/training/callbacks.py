@@ -15,15 +15,26 @@ import lightning as L
 from tqdm import tqdm
 
 from draftsmith import artifacts
-from draftsmith.training import checkpoint
+from draftsmith.training import checkpoint, processes, strategy
 from draftsmith.training.module import TrainModule
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ECHO = 3.0  # seconds in which a launcher may pass on a signal that a process has had from the terminal already
 
 
 def step_done(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether an optimiser step ended with this micro-batch."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+class Following(L.Callback):
+    """Tells the watch which step this process is in."""
+
+    def __init__(self, watch: processes.Watch) -> None:
+        self.watch = watch
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, idx: int) -> None:
+        self.watch.step = module.done(idx - 1)
 
 
 class Clock(L.Callback):
@@ -148,12 +159,18 @@ class Progress(L.Callback):
 
 class Checkpoints(L.Callback):
     """Saves every `every` steps, at the end, and when a signal asked to stop. A first signal finishes the
-    step, saves and stops; a second one leaves at once, with the previous checkpoint intact."""
+    step, saves and stops; a second one leaves at once, with the previous checkpoint intact.
+
+    Every process takes part: the engine's tensors are gathered, and where the first one cannot write them all of them
+    fail. It writes beside the training; the next save, and the end, wait for that.
+    """
 
     def __init__(self, folder: Path, every: int, keep: int, ties: Mapping[str, str]) -> None:
         self.folder, self.every, self.keep, self.ties = folder, every, keep, ties
         self.asked: int | None = None
         self.stopped_at: int | None = None
+        self.writer = checkpoint.Writer()
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -161,19 +178,27 @@ class Checkpoints(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore()
+        processes.together(self.writer.finish)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._restore()
+        try:
+            self.writer.finish()
+        except Exception as e:  # the run ends by `exception`; what the disk said is told beside it
+            print(f"warning: checkpoint not written: {e}", flush=True)
 
     def _restore(self) -> None:
         for s, handler in self._before.items():
-            signal.signal(s, handler)
+            # A launcher passes its signal on once more to those that are still leaving.
+            signal.signal(s, signal.SIG_IGN if self.stopped_at and processes.place().world > 1 else handler)
         self._before = {}
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.asked is not None:
+        now = time.monotonic()
+        if self.asked is None:
+            self.asked, self._since = number, now
+        elif processes.place().world == 1 or now - self._since > ECHO:
             os._exit(75)
-        self.asked = number
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
         if not step_done(trainer, idx):
@@ -183,10 +208,14 @@ class Checkpoints(L.Callback):
         if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if step % self.every == 0 or step == module.steps or stop:
-            if trainer.is_global_zero:
-                optimizer = trainer.optimizers[0]
-                checkpoint.save(self.folder, step, module.trained(), optimizer, keep=self.keep, ties=self.ties)
-            trainer.strategy.barrier()
+            self._save(trainer, module, step)
         if stop and step < module.steps:
             self.stopped_at = step
             trainer.should_stop = True
+
+    def _save(self, trainer: L.Trainer, module: TrainModule, step: int) -> None:
+        processes.together(self.writer.finish)
+        found = {name: strategy.tensors(trainer, part) for name, part in module.trained().items()}
+        if trainer.is_global_zero:
+            how: dict[str, Any] = {"keep": self.keep, "ties": self.ties}
+            self.writer.start(lambda: checkpoint.save(self.folder, step, found, **how))

@@ -9,7 +9,8 @@ so the step is all the position there is.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,15 @@ from torch import nn
 
 from draftsmith import artifacts
 from draftsmith.errors import DataError
+from draftsmith.training.strategy import MOMENTS
 
 SEAL = "COMPLETE.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class Checkpoint:
-    """One loaded checkpoint. tensors: head -> the file's tensors; updates: head -> optimiser updates made;
-    ties: fingerprints of what the run trains on."""
+    """One loaded checkpoint. tensors: head -> the file's tensors, {} on all processes but the first; updates: head ->
+    optimiser updates made; ties: fingerprints of what the run trains on."""
 
     step: int
     ties: dict[str, str]
@@ -37,28 +38,53 @@ class Checkpoint:
     updates: dict[str, int]
 
 
-def save(
-    folder: Path,
-    step: int,
-    parts: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    *,
-    keep: int,
-    ties: Mapping[str, str],
-) -> Path:
+Found = Mapping[str, tuple[Mapping[str, torch.Tensor], int]]  # head -> its tensors, and the updates made
+
+
+def save(folder: Path, step: int, found: Found, *, keep: int, ties: Mapping[str, str]) -> Path:
     """Publishes step `step`, moves `last`, then deletes all but the newest `keep`."""
     target = folder / f"step-{step:08d}"
-    updates: dict[str, int] = {}
     with artifacts.publish(target, manifest=SEAL, kind="checkpoint", step=step) as temporary:
-        for name, part in parts.items():
-            tensors, updates[name] = _tensors(part, optimizer)
+        for name, (tensors, _) in found.items():
             artifacts.write_tensors(temporary / f"{name}.safetensors", tensors)
+        updates = {name: updates for name, (_, updates) in found.items()}
         artifacts.write_json(temporary / "state.json", {"step": step, "updates": updates, "ties": dict(ties)})
     artifacts.write_json(folder / "last", {"checkpoint": target.name})
     done = [name for name in _complete(folder) if name <= target.name]  # a later one is damaged, or it had resumed
     for old in done[:-keep]:
         shutil.rmtree(folder / old)
     return target
+
+
+class Writer:
+    """Saves beside the training, one checkpoint at a time: the tensors are copies already, and hashing, writing and
+    syncing leave the interpreter free."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failed: BaseException | None = None
+
+    def start(self, work: Callable[[], Any]) -> None:
+        """Begins work(); `finish` must have been called since the last one."""
+        assert self._thread is None, "a checkpoint is being written"
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as e:
+                self._failed = e
+
+        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Waits for what was begun, if anything was, and raises what it raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
 
 
 def load_last(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -82,42 +108,46 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(state["step"], state["ties"], tensors, state["updates"])
 
 
-def restore(checkpoint: Checkpoint, parts: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """Puts weights and moments back, in place and bit for bit."""
-    if set(checkpoint.tensors) != set(parts):
+def check(checkpoint: Checkpoint, parts: Mapping[str, nn.Module]) -> None:
+    """DataError unless the checkpoint holds these parts, with tensors of these sizes."""
+    if set(checkpoint.updates) != set(parts):
         raise DataError(
-            f"checkpoint of step {checkpoint.step}: holds heads {sorted(checkpoint.tensors)}, the run trains"
+            f"checkpoint of step {checkpoint.step}: holds heads {sorted(checkpoint.updates)}, the run trains"
             f" {sorted(parts)}; use another run_dir"
         )
+    for name, tensors in checkpoint.tensors.items():
+        kinds = ("weight", *(MOMENTS if checkpoint.updates[name] else ()))
+        for parameter, p in parts[name].named_parameters():
+            for key in (f"{kind}.{parameter}" for kind in kinds):
+                if key not in tensors or tensors[key].shape != p.shape:
+                    have = tuple(tensors[key].shape) if key in tensors else "nothing"
+                    raise DataError(
+                        f"checkpoint: {name}.{key} is {have}, the head needs {tuple(p.shape)}; use another run_dir"
+                    )
+
+
+def restore(
+    checkpoint: Checkpoint, parts: Mapping[str, nn.Module], spread: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
+    """Puts the weights back, in place and bit for bit; returns the moments of every parameter, on its device. Call
+    `check` first. spread: gives every process the first one's tensor."""
+    moments: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
     for name, part in parts.items():
-        tensors = checkpoint.tensors[name]
-        for parameter_name, p in part.named_parameters():
+        stored = checkpoint.tensors.get(name, {})
+        for parameter, p in part.named_parameters():
+            kinds = ("weight", *(MOMENTS if checkpoint.updates[name] else ()))
+            found = {}
+            for kind in kinds:
+                dtype = p.dtype if kind == "weight" else torch.float32
+                tensor = torch.empty(p.shape, dtype=dtype, device=p.device)
+                if stored:
+                    tensor.copy_(stored[f"{kind}.{parameter}"])
+                found[kind] = spread(tensor)
             with torch.no_grad():
-                p.copy_(_expect(tensors, f"weight.{parameter_name}", p, name))
-            if checkpoint.updates[name]:
-                optimizer.state[p] = {
-                    "step": torch.tensor(float(checkpoint.updates[name]), device=p.device),
-                    **{m: _expect(tensors, f"{m}.{parameter_name}", p, name).clone() for m in MOMENTS},
-                }
-
-
-def _tensors(part: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], int]:
-    tensors: dict[str, torch.Tensor] = {}
-    updates = 0
-    for name, p in part.named_parameters():
-        tensors[f"weight.{name}"] = p.detach().contiguous()
-        state: dict[str, Any] = optimizer.state.get(p, {})
-        if state:
-            updates = int(state["step"])
-            tensors |= {f"{m}.{name}": state[m].contiguous() for m in MOMENTS}
-    return tensors, updates
-
-
-def _expect(tensors: dict[str, torch.Tensor], key: str, p: torch.Tensor, head: str) -> torch.Tensor:
-    if key not in tensors or tensors[key].shape != p.shape:
-        have = tuple(tensors[key].shape) if key in tensors else "nothing"
-        raise DataError(f"checkpoint: {head}.{key} is {have}, the head needs {tuple(p.shape)}; use another run_dir")
-    return tensors[key].to(p.device)
+                p.copy_(found.pop("weight"))
+            if found:
+                moments[p] = found
+    return moments
 
 
 def _complete(folder: Path) -> list[str]:

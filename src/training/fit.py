@@ -14,7 +14,7 @@ import torch
 from draftsmith import artifacts
 from draftsmith.contracts import BaseView, Batch, Head
 from draftsmith.errors import ConfigError, DataError, Diverged, Interrupted
-from draftsmith.training import callbacks, checkpoint, strategy
+from draftsmith.training import callbacks, checkpoint, processes, strategy
 from draftsmith.training.module import TrainModule, rekeyed
 from draftsmith.training.settings import Settings
 
@@ -31,20 +31,24 @@ def fit(
     ties: Mapping[str, str],
     validate_every: int | None = None,
     more: Sequence[L.Callback] = (),
+    deepspeed: Mapping[str, Any] | None = None,
 ) -> L.Trainer:
     """Runs optimiser steps up to `steps`; the heads hold the result. data(start, stop) serves the steps.
     ties: fingerprints of base and rows; a checkpoint made with others is refused (DataError). validate_every: steps
-    between measurements of the rows that are not learned; None: there are none.
+    between measurements of the rows that are not learned; None: there are none. deepspeed: strategy.engine_config's.
 
-    Raises Interrupted after a signal (a checkpoint was saved), NumericsError for a gradient that is not finite.
+    Raises Interrupted after a signal (a checkpoint was saved), NumericsError for a gradient that is not finite,
+    PeerError where another process is lost. What fails on one process fails on all.
     """
     trainer = settings.trainer
     folder = run_dir / "checkpoints"
-    resume, skipped = _resume(folder, ties)
+    resume, skipped = _resume(folder, ties, {**heads, **({"base": base.adapter} if _learns(base) else {})})
     module = TrainModule(base, heads, settings=settings, steps=steps, seed=seed, resume=resume)
     checkpoints = callbacks.Checkpoints(folder, trainer.checkpoint_every, trainer.keep, ties)
     validation = [] if validate_every is None else [callbacks.Validation(validate_every)]
-    engine = _engine(settings, run_dir, steps - module.start, [checkpoints, *more], validation)
+    watch = processes.Watch()
+    following = [checkpoints, callbacks.Following(watch), *more]
+    engine = _engine(settings, deepspeed or {}, run_dir, steps - module.start, following, validation)
     if engine.is_global_zero:
         print("".join(f"warning: {line}\n" for line in skipped), end="", flush=True)
         if module.start:
@@ -53,10 +57,12 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
         if engine.is_global_zero:
             callbacks.truncate(run_dir / "metrics.jsonl", module.start)
-    if module.start < steps:
-        engine.fit(module, datamodule=data(module.start, steps))
-    elif resume:
-        checkpoint.restore(resume, module.trained(), module.configure_optimizers()["optimizer"])
+    with processes.watched(watch):
+        if module.start < steps:
+            engine.fit(module, datamodule=data(module.start, steps))
+            strategy.release(engine, module.trained().values())
+        elif resume:
+            checkpoint.restore(resume, module.trained(), processes.spread)
     if checkpoints.stopped_at is not None:
         raise Interrupted(
             f"stopped by a signal after step {checkpoints.stopped_at} of {steps}, checkpoint saved;"
@@ -65,27 +71,51 @@ def fit(
     return engine
 
 
-def _resume(folder: Path, ties: Mapping[str, str]) -> tuple[checkpoint.Checkpoint | None, list[str]]:
-    """The checkpoint to go on from, if it belongs to this base and these rows, and what was passed over."""
-    resume, skipped = checkpoint.load_last(folder)
-    changed = [name for name, value in ties.items() if resume and resume.ties.get(name) != value]
-    if changed:
-        raise DataError(
-            f"{folder}: its checkpoint was trained on other {' and '.join(changed)} than there are now;"
-            " bring them back or choose another run_dir"
-        )
+def _resume(
+    folder: Path, ties: Mapping[str, str], parts: Mapping[str, Any]
+) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, if it belongs to this base, these rows and these heads, and what was passed over:
+    what the first process finds, which alone holds the tensors."""
+
+    def look() -> tuple[checkpoint.Checkpoint | None, list[str]]:
+        if not processes.is_first():
+            return None, []
+        resume, skipped = checkpoint.load_last(folder)
+        changed = [name for name, value in ties.items() if resume and resume.ties.get(name) != value]
+        if changed:
+            raise DataError(
+                f"{folder}: its checkpoint was trained on other {' and '.join(changed)} than there are now;"
+                " bring them back or choose another run_dir"
+            )
+        if resume:
+            checkpoint.check(resume, parts)
+        return resume, skipped
+
+    resume, skipped = processes.together(look)
+    told = processes.from_first(resume and (resume.step, resume.ties, resume.updates))
+    if told and resume is None:
+        resume = checkpoint.Checkpoint(told[0], told[1], {}, told[2])
     return resume, skipped
 
 
+def _learns(base: BaseView) -> bool:
+    return base.adapter is not None and any(p.requires_grad for p in base.adapter.parameters())
+
+
 def _engine(
-    settings: Settings, run_dir: Path, steps: int, more: Sequence[L.Callback], first: Sequence[L.Callback]
+    settings: Settings,
+    deepspeed: Mapping[str, Any],
+    run_dir: Path,
+    steps: int,
+    more: Sequence[L.Callback],
+    first: Sequence[L.Callback],
 ) -> L.Trainer:
     """Lightning's loop with everything of its own that we do ourselves switched off."""
     _quiet_lightning()
     clock = callbacks.Clock()
     metrics = callbacks.Metrics(run_dir / "metrics.jsonl", clock)
     return L.Trainer(
-        **strategy.arguments(settings.strategy, settings.trainer),
+        **strategy.arguments(settings, deepspeed),
         max_steps=steps,
         max_epochs=1,
         logger=False,
@@ -157,5 +187,8 @@ def _quiet_lightning() -> None:
         ".*does not have many workers.*",
         ".*GPU available but not used.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*DeepSpeed handles gradient clipping internally.*",
+        ".*torch.distributed.*is deprecated.*",
+        ".*`srun` command is available.*",
     ):
         warnings.filterwarnings("ignore", text)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from draftsmith.artifacts import fingerprint
 from draftsmith.contracts import BaseView, Batch, Capture, Head, LossOut, Needs
 from draftsmith.errors import Diverged
-from draftsmith.training import checkpoint, strategy
+from draftsmith.training import checkpoint, processes, strategy
 from draftsmith.training.settings import Settings
 
 
@@ -61,11 +61,19 @@ class TrainModule(L.LightningModule):
         adapter = base.adapter  # trained too where there is a new one; one that was loaded stays as it is
         self.adapter = adapter if adapter and any(p.requires_grad for p in adapter.parameters()) else None
         self._sums: dict[str, Tensor] = {}
+        self._moments: dict[nn.Parameter, dict[str, Tensor]] = {}
 
     def trained(self) -> dict[str, nn.Module]:
         """Everything with an optimiser group, a norm and a place in the checkpoint: the heads, and the base's adapter
         under the name `base`."""
         return {**dict(self.each_head()), **({} if self.adapter is None else {"base": self.adapter})}
+
+    def on_train_start(self) -> None:
+        """The engine is made now, and with it the place where the moments go."""
+        if self.resume:
+            for name, part in self.trained().items():
+                own = {p: self._moments.pop(p) for p in part.parameters() if p in self._moments}
+                strategy.put_moments(self.trainer, own, self.resume.updates[name])
 
     def on_fit_start(self) -> None:
         self.base.to(self.device)  # Lightning moves the heads; the base is not among the module's children
@@ -93,7 +101,7 @@ class TrainModule(L.LightningModule):
             seen = self._seen(batch)
         for name, head in self.each_head():
             head.progress = step / self.steps
-            with rekeyed(self.seed, step, part, self.global_rank, name):
+            with rekeyed(self.seed, step, part, self.global_rank, name), self._autocast():
                 out = head.loss(self.base, seen, batch, measure=measure)
             loss = out.sum / out.count.clamp(min=1)
             losses.append(loss)
@@ -108,15 +116,19 @@ class TrainModule(L.LightningModule):
         """The metrics of rows that are never learned, the heads as they decode; equal on every process."""
         self._sums = {}
         self.eval()
-        for part, batch in enumerate(batches):
-            batch = batch.to(self.device)
-            seen = self._seen(batch)
-            for name, head in self.each_head():
-                with rekeyed(self.seed, "validation", part, self.global_rank, name):
-                    out = head.loss(self.base, seen, batch, measure=True)
-                self._add_all(f"validation/{name}", out.sum / out.count.clamp(min=1), out)
+        with strategy.whole(self.trainer, self.trained().values()):
+            for part, batch in enumerate(batches):
+                batch = batch.to(self.device)
+                seen = self._seen(batch)
+                for name, head in self.each_head():
+                    with rekeyed(self.seed, "validation", part, self.global_rank, name), self._autocast():
+                        out = head.loss(self.base, seen, batch, measure=True)
+                    self._add_all(f"validation/{name}", out.sum / out.count.clamp(min=1), out)
         self.train()
         return self._reduced() if self._sums else {}
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return strategy.autocast(self.trainer, self.settings.trainer.precision)
 
     def _seen(self, batch: Batch) -> Capture:
         """One base forward for all heads, computed as it will be in decoding."""
@@ -161,20 +173,24 @@ class TrainModule(L.LightningModule):
             fused=True,
         )
         if self.resume:
-            checkpoint.restore(self.resume, self.trained(), optimizer)
+            self._moments = checkpoint.restore(self.resume, self.trained(), processes.spread)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda s: self.settings.scheduler.factor(self.start + s, self.steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Each head by its own norm, so that training beside others changes nothing."""
-        for group in optimizer.param_groups:
-            clip = self.optimizer.of(group["name"], "clip")
-            norm = torch.nn.utils.clip_grad_norm_(group["params"], float("inf") if clip is None else clip)
+        """Each head by its own norm, so that training beside others changes nothing, or all by one (clip_scope)."""
+        if strategy.is_zero(self.trainer):  # it clips by itself
+            return
+        groups = {g["name"]: (g["params"], self.optimizer.of(g["name"], "clip")) for g in optimizer.param_groups}
+        if self.optimizer.clip_scope == "global":
+            groups = {", ".join(groups): ([p for own, _ in groups.values() for p in own], self.optimizer.clip)}
+        for name, (parameters, clip) in groups.items():
+            norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
             if not bool(norm.isfinite()):
                 step = self.start + self.trainer.global_step + 1  # as metrics.jsonl counts
                 raise Diverged(
-                    f"{group['name']}: gradient norm {float(norm)} in step {step}; weights are untouched and the last"
+                    f"{name}: gradient norm {float(norm)} in step {step}; weights are untouched and the last"
                     " checkpoint is good; lower optimizer.lr or look at the rows of that step"
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from draftsmith import config
@@ -50,15 +51,20 @@ class OptimizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.0
-    clip: float | None = 1.0  # gradient norm, of each head by itself
+    clip: float | None = 1.0  # gradient norm, of clip_scope
+    clip_scope: str = "head"  # head: each by its own norm, as if trained alone | global: one norm of everything trained
     heads: dict[str, Any] = field(default_factory=dict)  # <head>: {lr, weight_decay, clip} where it differs
 
     def __post_init__(self) -> None:
+        if self.clip_scope not in ("head", "global"):
+            raise ConfigError(f"clip_scope='{self.clip_scope}': choose head or global")
         for where, own in (("", vars(self)), *((f"heads.{name}.", own) for name, own in self.heads.items())):
             for key, least in (("lr", "positive"), ("weight_decay", "0 or positive"), ("clip", "positive")):
                 value = own.get(key)
                 if value is not None and (value < 0 or (least == "positive" and not value)):
                     raise ConfigError(f"{where}{key}={value}: give a {least} number")
+            if self.clip_scope == "global" and where and "clip" in own:
+                raise ConfigError(f"{where}clip: clip_scope=global has one norm; set clip")
         for name, own in self.heads.items():
             unknown = set(own) - {"lr", "weight_decay", "clip"}
             if unknown:
@@ -91,13 +97,35 @@ class SchedulerConfig:
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+STRATEGIES = ("auto", "single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
+
+
 @dataclass(frozen=True)
 class StrategyConfig:
-    name: str = "auto"  # auto | single | ddp
+    name: str = "auto"
+    timeout: float = 1800.0  # seconds that a process waits for the others in one collective
+    config: str | None = None  # a DeepSpeed JSON, in the place of `deepspeed`
+    deepspeed: dict[str, Any] | None = None  # DeepSpeed's own configuration
 
     def __post_init__(self) -> None:
-        if self.name not in ("auto", "single", "ddp"):
-            raise ConfigError(f"name='{self.name}': choose auto, single or ddp")
+        if self.name not in STRATEGIES:
+            raise ConfigError(f"name='{self.name}': choose one of {', '.join(STRATEGIES)}")
+        if self.timeout <= 0:
+            raise ConfigError(f"timeout={self.timeout}: give a positive number of seconds")
+        if self.zero and find_spec("deepspeed") is None:
+            raise ConfigError(f"name='{self.name}': ZeRO needs DeepSpeed; pip install 'draftsmith[deepspeed]'")
+        if self.config is not None and not self.zero:
+            raise ConfigError(f"config={self.config}: a DeepSpeed configuration; choose strategy=zero1, zero2 or zero3")
+
+    @property
+    def zero(self) -> int:
+        """The ZeRO stage; 0 without DeepSpeed."""
+        return int(self.name[4]) if self.name.startswith("zero") else 0
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether each process holds a part of the base only."""
+        return self.zero == 3
 
 
 @dataclass(frozen=True)
@@ -111,9 +139,12 @@ class Settings:
     optimizer_class: type
 
     def __post_init__(self) -> None:
-        world = self.trainer.devices * self.trainer.num_nodes
-        if self.strategy.name == "single" and world > 1:
-            raise ConfigError(f"strategy: single with {world} processes; use strategy=ddp or trainer.devices=1")
+        if self.strategy.name == "single" and self.world > 1:
+            raise ConfigError(f"strategy: single with {self.world} processes; use strategy=ddp or trainer.devices=1")
+
+    @property
+    def world(self) -> int:
+        return self.trainer.devices * self.trainer.num_nodes
 
     @classmethod
     def of(cls, cfg: Any) -> Settings:

@@ -1,0 +1,309 @@
+"""Which of how many processes this one is, how they are started, and how they fail together.
+
+torchrun and the deepspeed launcher say who a process is in RANK, LOCAL_RANK, WORLD_SIZE; srun says it in SLURM_…
+Nobody starts others from the middle of a run: a command that wants several processes and was not started by a
+launcher becomes the launcher (`launch`), so that there is one way to be several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from draftsmith.errors import ConfigError, DraftsmithError, Interrupted, PeerError
+
+T = TypeVar("T")
+
+BEAT = 1.0  # seconds between the signs of life that a process gives
+LEAVE = 600  # seconds that a stopping process may take for its checkpoint
+QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+PORT = 29400  # of the first process, plus the last digits of the SLURM job's number
+# What torch says when a process that it talks to is gone or silent; there is no exception type for it under gloo.
+GONE = re.compile(
+    r"closed by peer|timed? ?out|connection (reset|refused|was closed)|connectFullMesh|broken pipe|gloo|NCCL|"
+    r"failed to (recv|send)|sendBytes|recvValue|store",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Process `rank` of `world`; number `local` of the `per_node` on its node."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    per_node: int = 1
+
+
+def place() -> Place:
+    """What the launcher says; Place() where there is none."""
+    e = os.environ
+    if "RANK" in e and "WORLD_SIZE" in e:
+        world = int(e["WORLD_SIZE"])
+        per_node = e.get("LOCAL_WORLD_SIZE") or e.get("LOCAL_SIZE") or world  # torchrun's, deepspeed's
+        return Place(int(e["RANK"]), world, int(e.get("LOCAL_RANK", "0")), int(per_node))
+    if "SLURM_STEP_NUM_TASKS" in e and "SLURM_PROCID" in e:  # inside srun; the batch script itself is no task
+        world, nodes = int(e["SLURM_STEP_NUM_TASKS"]), int(e.get("SLURM_STEP_NUM_NODES", "1"))
+        return Place(int(e["SLURM_PROCID"]), world, int(e.get("SLURM_LOCALID", "0")), max(1, world // nodes))
+    return Place()
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all."""
+    return place().rank == 0
+
+
+def own_device(device: str) -> str:
+    """`cuda` is this process's own one where several run on a node."""
+    here = place()
+    return f"cuda:{here.local}" if device == "cuda" and here.per_node > 1 else device
+
+
+def adopt(trainer: Any) -> None:
+    """Writes into the `trainer` group how many processes the launcher started; ConfigError where it says otherwise."""
+    here = place()
+    asked = trainer.devices * trainer.num_nodes
+    if here.world == 1 or asked == here.world:
+        return
+    if asked > 1:
+        raise ConfigError(
+            f"trainer.devices={trainer.devices}, trainer.num_nodes={trainer.num_nodes}: the launcher started"
+            f" {here.world} processes; leave both out, or start {asked}"
+        )
+    trainer.devices, trainer.num_nodes = here.per_node, here.world // here.per_node
+
+
+def wants_launch(devices: int, num_nodes: int) -> bool:
+    """Whether this command is one process that is to be several; ConfigError for several nodes."""
+    if place().world > 1 or devices * num_nodes == 1:
+        return False
+    if num_nodes > 1:
+        raise ConfigError(
+            f"trainer.num_nodes={num_nodes}: one command starts the processes of one node; start one per node with"
+            " scripts/torchrun.sh, scripts/deepspeed.sh or scripts/slurm.sbatch"
+        )
+    return True
+
+
+def launch(verb: str, cfg: Any, devices: int) -> None:
+    """Runs the verb as `devices` processes on this machine, by torchrun's own agent, until all of them end. What
+    they answer is this process's answer: SystemExit with their exit code, PeerError if one was killed."""
+    from omegaconf import OmegaConf
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its tables of failures
+    how = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id=f"draftsmith-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        shutdown_timeout=LEAVE,
+    )
+    try:
+        with tempfile.TemporaryDirectory(prefix="draftsmith-") as folder:
+            Path(folder, "job.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+            job = ["--config-path", folder, "--config-name", "job", *QUIET]
+            elastic_launch(how, sys.executable)("-m", f"draftsmith.{verb}", *job)
+    except ChildFailedError as e:
+        rank, first = e.get_first_failure()
+        if first.exitcode > 0:
+            sys.exit(first.exitcode)  # it has said why
+        name = signal.Signals(-first.exitcode).name
+        raise PeerError(f"process {rank} was killed by {name}; the same command goes on where it can") from e
+    except SignalException as e:  # the agent has passed it on and waited
+        raise Interrupted(f"stopped by {signal.Signals(e.sigval).name}; the same command goes on") from e
+
+
+@contextlib.contextmanager
+def joined(accelerator: str, timeout: float, *, alone: bool = False) -> Iterator[None]:
+    """Meets the other processes; inside, collectives work. timeout: seconds that one may take at most. alone: even
+    if there are no others, for an engine that wants to be asked."""
+    import datetime
+
+    import torch.distributed as dist
+
+    here, waiting = place(), datetime.timedelta(seconds=timeout)
+    if dist.is_initialized() or (here.world == 1 and not alone):
+        yield
+        return
+    backend = "nccl" if accelerator == "gpu" else "gloo"
+    if here.world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=waiting)
+    else:
+        _meet(here, backend, waiting)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _meet(here: Place, backend: str, waiting: Any) -> None:
+    import torch.distributed as dist
+
+    e = os.environ
+    if "RANK" not in e:  # srun
+        e.update(RANK=str(here.rank), WORLD_SIZE=str(here.world), LOCAL_RANK=str(here.local))
+        e.update(LOCAL_WORLD_SIZE=str(here.per_node), GROUP_RANK=str(here.rank // here.per_node))
+    if "MASTER_ADDR" not in e:
+        e["MASTER_ADDR"] = _first_host() if "SLURM_STEP_NODELIST" in e else "127.0.0.1"
+    e.setdefault("MASTER_PORT", str(PORT + int(e.get("SLURM_JOB_ID", "0")) % 1000))
+    try:
+        dist.init_process_group(backend, timeout=waiting)
+    except (RuntimeError, ValueError) as error:
+        where = f"{e['MASTER_ADDR']}:{e['MASTER_PORT']}"
+        raise PeerError(f"process {here.rank} of {here.world}: cannot meet the others at {where}: {error}") from None
+
+
+def _first_host() -> str:
+    nodes = os.environ["SLURM_STEP_NODELIST"]
+    try:
+        told = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as e:
+        raise PeerError(f"SLURM_STEP_NODELIST={nodes}: scontrol cannot name its hosts ({e}); set MASTER_ADDR") from None
+    return told.stdout.split()[0]
+
+
+def together(work: Callable[[], T]) -> T:
+    """work() on this process; if it fails on any, it fails on all, with that process's error. Collective."""
+    import torch.distributed as dist
+
+    if place().world == 1:
+        return work()
+    failed: DraftsmithError | None = None
+    result: Any = None
+    try:
+        result = work()
+    except DraftsmithError as e:
+        failed = e
+    found: list[Any] = [None] * place().world
+    dist.all_gather_object(found, None if failed is None else (type(failed), str(failed)))
+    if failed is not None:
+        raise failed
+    for rank, other in enumerate(found):
+        if other is not None:
+            error = other[0](f"process {rank}: {other[1]}")
+            error.told = True
+            raise error
+    return cast(T, result)
+
+
+def from_first(value: T) -> T:
+    """The first process's value, on every process. Collective."""
+    import torch.distributed as dist
+
+    if place().world == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def spread(tensor: Any) -> Any:
+    """The tensor, overwritten by the first process's. Collective."""
+    import torch.distributed as dist
+
+    if place().world > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+class Watch:
+    """Signs of life through the processes' store: every process writes a number that grows, and its step, once a
+    second; whoever is left alone in a collective reads whose number stands still, or whose step lags."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.here, self.step = place(), 0
+        self._end = threading.Event()
+        self._store: Any = None
+        if self.here.world > 1:
+            self._store = dist.distributed_c10d._get_default_store().clone()
+            self._thread = threading.Thread(target=self._beat, daemon=True)
+            self._thread.start()
+
+    def _beat(self) -> None:
+        count = 0
+        with contextlib.suppress(RuntimeError):  # the store is gone: so is whoever held it, as the others will notice
+            while not self._end.is_set():
+                self._store.set(f"alive/{self.here.rank}", f"{count} {self.step}")
+                count += 1
+                self._end.wait(BEAT)
+
+    def close(self) -> None:
+        self._end.set()
+        if self._store is not None:
+            self._thread.join()
+
+    def blame(self, error: BaseException) -> PeerError:
+        """Who is to blame for a collective that failed here."""
+        where = f"{_collective(error)} of step {self.step + 1}"
+        try:
+            before = self._read()
+            time.sleep(3 * BEAT)
+            after = self._read()
+        except RuntimeError:
+            return PeerError(f"process 0 is gone: nobody answers for it in {where}; its own words say why")
+        others = [r for r in range(self.here.world) if r != self.here.rank]
+        dead = [r for r in others if after[r] == before[r]]
+        late = [r for r in others if r not in dead and after[r][1] < self.step]
+        if dead:
+            return PeerError(f"process {_listed(dead)} died: no sign of life while the others waited in {where}")
+        if late:
+            steps = ", ".join(str(after[r][1] + 1) for r in late)
+            return PeerError(f"process {_listed(late)} hangs in step {steps}, the others waited in {where}")
+        return PeerError(f"{where} failed though all processes live: {' '.join(str(error).split())[:300]}")
+
+    def _read(self) -> list[tuple[int, int]]:
+        """(count, step) of every process; (-1, -1) of one that never gave a sign."""
+        keys = [f"alive/{r}" for r in range(self.here.world)]
+        told = [self._store.get(k).decode().split() if self._store.check([k]) else ("-1", "-1") for k in keys]
+        return [(int(count), int(step)) for count, step in told]
+
+
+@contextlib.contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Turns what torch says of a lost process into a PeerError that names it."""
+    try:
+        yield
+    except DraftsmithError:
+        raise
+    except RuntimeError as e:
+        if watch.here.world == 1 or not GONE.search(str(e)):
+            raise
+        raise watch.blame(e) from e
+    finally:
+        watch.close()
+
+
+def _collective(error: BaseException) -> str:
+    """Which collective failed, by the innermost call into torch.distributed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [f.name for f in frames if "/torch/distributed/" in f.filename and f.name not in ("wrapper", "wait")]
+    return inside[-1] if inside else "the reduction of gradients"
+
+
+def _listed(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))
