@@ -47,8 +47,7 @@ def run(cfg: DictConfig) -> Path:
         return run_dir
     with processes.joined(trainer.accelerator, settings.strategy.timeout, alone=bool(engine)):
         with contextlib.ExitStack() as held:
-            source = processes.together(lambda: _claimed(cfg, run_dir, data, held))
-            done, source = processes.from_first(source)
+            done, source = processes.from_first(processes.together(lambda: _claimed(cfg, run_dir, data, held)))
             if not done:
                 _run(cfg, run_dir, base_config, data, settings, chosen, source, engine)
     return _judged(cfg, run_dir)

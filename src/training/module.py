@@ -71,9 +71,9 @@ class TrainModule(L.LightningModule):
     def on_train_start(self) -> None:
         """The engine is made now, and with it the place where the moments go."""
         if self.resume:
-            for name, part in self.trained().items():
-                own = {p: self._moments.pop(p) for p in part.parameters() if p in self._moments}
-                strategy.put_moments(self.trainer, own, self.resume.updates[name])
+            (updates,) = set(self.resume.updates.values())  # every part is updated in every step
+            strategy.put_moments(self.trainer, self._moments, updates)
+            self._moments = {}
 
     def on_fit_start(self) -> None:
         self.base.to(self.device)  # Lightning moves the heads; the base is not among the module's children

@@ -240,7 +240,8 @@ class Watch:
         self._end = threading.Event()
         self._store: Any = None
         if self.here.world > 1:
-            self._store = dist.distributed_c10d._get_default_store().clone()
+            store: Any = dist.distributed_c10d._get_default_store()
+            self._store = store.clone()  # a connection of its own: the main thread may be waiting in the other
             self._thread = threading.Thread(target=self._beat, daemon=True)
             self._thread.start()
 

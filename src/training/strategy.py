@@ -82,7 +82,9 @@ def _given(settings: Settings) -> tuple[dict[str, Any], str]:
 def arguments(settings: Settings, engine: Mapping[str, Any]) -> dict[str, Any]:
     """Lightning's Trainer arguments. engine: what `engine_config` gave."""
     trainer, strategy = settings.trainer, settings.strategy
-    precision, chosen, plugins = PRECISION[trainer.precision], "auto", []
+    precision = PRECISION[trainer.precision]
+    chosen: Any = "auto"
+    plugins: list[Any] = []
     if strategy.zero:
         from draftsmith.training.zero import ZeroStrategy, library
 
@@ -141,10 +143,12 @@ def tensors(trainer: L.Trainer, part: nn.Module) -> tuple[dict[str, Tensor], int
     optimizer: Any = trainer.optimizers[0]
     found: dict[str, Tensor] = {}
     updates = 0
+    if is_zero(trainer):
+        from draftsmith.training import zero
+
+        zero.link(optimizer)
     for name, p in part.named_parameters():
         if is_zero(trainer):
-            from draftsmith.training import zero
-
             weight, (moments, updates) = zero.weight(p), zero.moments(optimizer, p)
         else:
             state = optimizer.state.get(p, {})

@@ -63,6 +63,18 @@ class ZeroStrategy(DeepSpeedStrategy):
         return out
 
 
+def link(optimizer: Any) -> None:
+    """Lets parameters find their moments. DeepSpeed 0.19 does it once, after the first group's first step, when the
+    other groups have none yet. Call it before `moments`."""
+    if not _is_stage3(optimizer):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _is_stage3(optimizer: Any) -> bool:
+    return hasattr(optimizer, "fp32_partitioned_groups_flat")
+
+
 def moments(optimizer: Any, p: nn.Parameter) -> tuple[dict[str, Tensor], int]:
     """Adam's moments of a parameter in its own shape, fp32, and how many updates made them. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -83,12 +95,11 @@ def weight(p: nn.Parameter) -> Tensor:
 def put_moments(optimizer: Any, found: Mapping[nn.Parameter, Mapping[str, Tensor]], updates: int) -> None:
     """Gives every parameter its moments back, each process its part of them."""
     inner = optimizer.optimizer
-    stage3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    stage3 = _is_stage3(optimizer)
     flats = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
     for flat in flats:  # Adam itself makes them in its first step, which comes later
         inner.state[flat] = {"step": torch.tensor(float(updates)), **{m: torch.zeros_like(flat) for m in MOMENTS}}
-    if not stage3:
-        optimizer._lazy_init_hp_params_optimizer_state()
+    link(optimizer)
     for p, tensors in found.items():
         for name, value in tensors.items():
             if stage3:
@@ -169,7 +180,9 @@ class Pieces:
 
     def run(self, work: Callable[[], T]) -> T:
         """work(), which runs some of the blocks, in order. Every process must call it equally often."""
-        return self._root(work)
+        found: list[T] = []
+        self._root(lambda: found.append(work()))
+        return found[0]
 
     def whole(self, parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
         """These parameters put together. Collective."""
@@ -186,5 +199,6 @@ class _Root(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, work: Callable[[], Any]) -> Any:
-        return work()
+    def forward(self, work: Callable[[], Any]) -> tuple[()]:
+        work()
+        return ()  # DeepSpeed would look for tensors in what it is given
