@@ -124,7 +124,7 @@ def launch(verb: str, cfg: Any, devices: int) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="draftsmith-") as folder:
             Path(folder, "job.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-            job = ["--config-path", folder, "--config-name", "job", *QUIET]
+            job = ["--config-dir", folder, "--config-name", "job", *QUIET]
             elastic_launch(how, sys.executable)("-m", f"draftsmith.{verb}", *job)
     except ChildFailedError as e:
         rank, first = e.get_first_failure()
