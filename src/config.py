@@ -41,6 +41,7 @@ MACHINE_KEYS = frozenset(
     {
         "run_dir",
         "debug",
+        "base.recompute",  # the same gradients, bit for bit
         "evaluate",
         "trainer.devices",
         "trainer.num_nodes",
