@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 import os
 import sys
@@ -173,6 +174,11 @@ def command(verb: str, run: Callable[[DictConfig], Any]) -> NoReturn:
     import hydra
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # torchao, which transformers imports wherever it is installed, tells
+        logging.getLogger(name).setLevel(logging.ERROR)  # of every kernel for another machine and of torch's plans
     codes: list[int] = []
 
     def task(cfg: DictConfig) -> None:

@@ -11,8 +11,6 @@ Shapes: N outputs, K inputs, G groups of a row that share a scale.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -94,16 +92,11 @@ def quantise(blocks: Sequence[nn.Module], kind: str) -> None:
 
 def _torchao(kind: str) -> tuple[Any, Any]:
     """torchao's quantize_ and its config."""
-    logging.disable(logging.WARNING)  # of kernels for GPUs that are not there, and of torch's deprecations in torchao
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, MappingType, quantize_
-            from torchao.quantization.granularity import PerGroup
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, MappingType, quantize_
+        from torchao.quantization.granularity import PerGroup
     except ModuleNotFoundError:
         raise ConfigError("base.quantise: quantising needs torchao; pip install 'draftsmith[quant]'") from None
-    finally:
-        logging.disable(logging.NOTSET)
     if kind == "int8":
         return quantize_, Int8WeightOnlyConfig(set_inductor_config=False)
     int4: Any = getattr(torch, "int4")  # noqa: B009 (torch's stubs lack it)
