@@ -174,11 +174,9 @@ def command(verb: str, run: Callable[[DictConfig], Any]) -> NoReturn:
     import hydra
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    for name in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # torchao, which transformers imports wherever it is installed, tells
-        logging.getLogger(name).setLevel(logging.ERROR)  # of every kernel for another machine and of torch's plans
+    # Where torchao is installed transformers imports it, and it tells of every kernel that is for another machine.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     codes: list[int] = []
 
     def task(cfg: DictConfig) -> None:

@@ -180,3 +180,12 @@ def test_quantised_blocks_are_computed_again_too(kind: str, make_model: Any) -> 
     plain = learn(base, head, batch_of())
     base.recompute = True
     assert all(torch.equal(grad, plain[name]) for name, grad in learn(base, head, batch_of()).items())
+
+
+@pytest.mark.slow  # compiling takes tens of seconds
+def test_compiled_blocks_are_computed_again_too(make_model: Any) -> None:
+    base, head = primed(make_model)
+    base.compile()
+    plain = learn(base, head, batch_of())
+    base.recompute = True
+    assert all(torch.equal(grad, plain[name]) for name, grad in learn(base, head, batch_of()).items())
