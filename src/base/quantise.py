@@ -72,9 +72,9 @@ class _Product(torch.autograd.Function):
 
 
 def quantise(blocks: Sequence[nn.Module], kind: str) -> None:
-    """Every linear layer inside the blocks, in place and where they are; kind: int8 or int4. The same weights give the
-    same integers on every machine. ConfigError for another kind, without torchao, or for a layer of int4 whose width
-    is no multiple of 32."""
+    """Every linear layer inside the blocks, in place and where they are; kind: int8 or int4. Maxima and elementwise
+    steps alone choose the integers, so the same weights give the same ones. ConfigError for another kind, without
+    torchao, or for a layer of int4 whose width is no multiple of 32."""
     if kind not in QUANTISED:
         raise ConfigError(f"base.quantise='{kind}': choose {' or '.join(QUANTISED)}, or null")
     quantize_, config = _torchao(kind)
