@@ -38,11 +38,17 @@ def load_base(
     dtype: str = "float32",
     device: str = "cpu",
     adapter: str | Path | None = None,
+    quantise: str | None = None,
 ) -> BaseLM:
     """A frozen base from a folder or hub id that transformers loads (safetensors only, no remote code); adapter: the
-    folder of a LoRA adapter that was trained with a head."""
+    folder of a LoRA adapter that was trained with a head; quantise: int8 or int4, how its blocks' weights are kept."""
     return lm.load(
-        str(path), revision=revision, dtype=dtype, device=device, adapter=None if adapter is None else str(adapter)
+        str(path),
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        adapter=None if adapter is None else str(adapter),
+        quantise=quantise,
     )
 
 

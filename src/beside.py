@@ -98,7 +98,8 @@ class Beside:
             key = "companion=hf companion.path" if kind == DRAFT_MODEL else "drafter"
             raise DataError(f"{folder}: its drafter was at {path}, where nothing is now; give {key}=…")
         if kind == DRAFT_MODEL:
-            own = prepare.BaseConfig(path=path, dtype=str(recorded.get("dtype")))
+            quantised = recorded.get("quantised") or None
+            own = prepare.BaseConfig(path=path, dtype=str(recorded.get("dtype")), quantise=quantised)
             return Beside(self.base, own, None).draft_model
         return Beside(self.base, None, path).head
 
@@ -120,4 +121,5 @@ def told(beside: Any, path: str | None = None) -> dict[str, Any]:
     kind = "companion" if companion is beside else DRAFT_MODEL
     sha256 = artifacts.fingerprint(identity(companion.spec, companion.weights_sha256()))
     dtype = str(companion.dtype).removeprefix("torch.")
-    return {"kind": kind, "path": companion.spec.path, "dtype": dtype, "sha256": sha256}
+    how = {"dtype": dtype, "quantised": companion.spec.quantised}
+    return {"kind": kind, "path": companion.spec.path, **how, "sha256": sha256}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 import os
 import sys
@@ -41,6 +42,7 @@ MACHINE_KEYS = frozenset(
     {
         "run_dir",
         "debug",
+        "base.recompute",  # the same gradients, bit for bit
         "evaluate",
         "strategy",
         "trainer.devices",
@@ -173,6 +175,9 @@ def command(verb: str, run: Callable[[DictConfig], Any]) -> NoReturn:
     import hydra
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Where torchao is installed transformers imports it, and it tells of every kernel that is for another machine.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     codes: list[int] = []
 
     def task(cfg: DictConfig) -> None:

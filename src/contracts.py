@@ -68,6 +68,7 @@ class BaseSpec:
     tokenizer_sha256: str = ""
     template_sha256: str = ""
     adapter_sha256: str = ""
+    quantised: str = ""  # how the weights of its blocks are kept: int8, int4; "" = as they were loaded
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class BaseView(Protocol):
         """Empty K/V of the base, or of `num_layers` blocks of a head's own."""
         ...
 
-    def block_weights(self, layer: int) -> dict[str, Tensor]:
+    def block_weights(self, layer: int) -> Mapping[str, Tensor]:
         """The parameters of block `layer` by Llama's names; only where spec.llama_blocks."""
         ...
 

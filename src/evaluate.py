@@ -68,6 +68,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     base = prepare.load_base(base_config, settings.device)
     around = Beside.of(cfg, base)
     heads = {name: around.load(f) for name, f in folders.items()}
+    for name, head in heads.items():
+        if head.spec.quantised != base.spec.quantised:
+            then, now = (spec.quantised or "not quantised" for spec in (head.spec, base.spec))
+            prepare.say(f"note: {name} was trained on the base {then}; here the base is {now}")
     limit = base.spec.max_positions
     if any(h.role == "primer" for h in heads.values()) and max(settings.prompt_lengths, default=0) > limit:
         raise ConfigError(f"prompt_lengths={settings.prompt_lengths}: the base has {limit} positions")

@@ -14,14 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from draftsmith import artifacts, config
-from draftsmith.base.settings import LoraConfig
+from draftsmith.base.settings import QUANTISED, LoraConfig
 from draftsmith.errors import ConfigError
 from draftsmith.training import processes
 
@@ -40,12 +40,20 @@ class BaseConfig:
     lora: LoraConfig | None = None  # an adapter to train with a head that trains one (medusa2)
     adapter: str | None = None  # the folder of a trained one
     compile: bool = False  # torch.compile of its blocks
+    quantise: str | None = None  # int8 | int4: how the weights of its blocks are kept
+    recompute: bool = False  # its blocks again in the backward pass, where gradients pass through them
 
     def __post_init__(self) -> None:
         if self.lora is not None and self.adapter is not None:
             raise ConfigError("lora, adapter: give one of them; an adapter to train, or one that is trained")
         if self.compile and (self.lora is not None or self.adapter is not None):
             raise ConfigError("compile: not with an adapter, which changes the blocks after they were compiled")
+        if self.quantise is not None:
+            if self.quantise not in QUANTISED:
+                raise ConfigError(f"quantise='{self.quantise}': choose {' or '.join(QUANTISED)}, or null")
+            others = [key for key in ("lora", "adapter", "compile") if getattr(self, key)]
+            if others:
+                raise ConfigError(f"quantise, {others[0]}: give one of them; {others[0]} needs the blocks as they are")
         if (self.path is None) == (self.recipe is None):
             raise ConfigError("path, recipe: give one of them; a base to load, or how to make one")
         if self.dtype not in ("float32", "bfloat16", "float16", "float64"):
@@ -82,11 +90,14 @@ def load_base(base: BaseConfig, device: str = "cpu", cutter: Cutter | None = Non
     if cutter is not None:
         from draftsmith.base import pieces
 
+        if base.quantise:
+            raise ConfigError("base.quantise: strategy=zero3 cuts up dense weights; leave it out, or use zero2")
         loaded: BaseLM = pieces.load(path, cutter, **how)
     else:
         from draftsmith.base import lm
 
-        loaded = lm.load(path, **how)
+        loaded = lm.load(path, quantise=base.quantise, **how)
+    loaded.recompute = base.recompute
     return loaded.compile() if base.compile else loaded
 
 
@@ -100,7 +111,8 @@ def outline(base: BaseConfig) -> Outline:
     """The base without its weights, made first if it has a recipe."""
     from draftsmith.base import lm
 
-    return lm.outline(path_of(base), revision=base.revision, trust_remote_code=base.trust_remote_code)
+    told = lm.outline(path_of(base), revision=base.revision, trust_remote_code=base.trust_remote_code)
+    return replace(told, spec=replace(told.spec, quantised=base.quantise or ""))
 
 
 def base_folder(base: BaseConfig) -> Path:

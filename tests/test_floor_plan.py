@@ -44,6 +44,7 @@ HOMES: dict[str, set[str]] = {
     "transformers": {"base", "data"},
     "tokenizers": {"base", "data"},
     "peft": {"base"},
+    "torchao": {"base"},
     "datasets": {"data"},
     "httpx": {"data"},
     "openai": {"data"},
@@ -52,7 +53,7 @@ HOMES: dict[str, set[str]] = {
     "optuna": {"sweep"},
 }
 INSTALLED_AS = {"hydra-core": "hydra", "liger-kernel": "liger_kernel"}  # requirement -> name to import
-HEAVY = ("transformers", "lightning", "deepspeed", "datasets", "wandb", "peft", "tokenizers")
+HEAVY = ("transformers", "lightning", "deepspeed", "datasets", "wandb", "peft", "tokenizers", "torchao")
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 
 FILES = sorted(SRC.rglob("*.py"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 
 from draftsmith import contracts
-from draftsmith.base import lora, masks
+from draftsmith.base import lora, masks, recompute
 from draftsmith.base.answering import Sampling, answer
+from draftsmith.base.compiling import compile_blocks
 from draftsmith.base.families import layer_types, part, paths_of, windows
 from draftsmith.base.generation import bare_loop, generate
 from draftsmith.base.kv import KV
 from draftsmith.base.loading import outline_of, read
+from draftsmith.base.quantise import BlockWeights, made_dense, quantise
 from draftsmith.base.settings import LoraConfig
 from draftsmith.base.spec import eos_ids_of, spec_of, weights_sha256
 from draftsmith.contracts import BaseSpec, Capture, Needs
 from draftsmith.errors import ConfigError, DataError
-
-FORWARD_KINDS = 8  # one token or several, with a mask or without, with K/V or without: graphs of one block
 
 
 class BaseLM:
@@ -40,7 +40,8 @@ class BaseLM:
     Deliberately no nn.Module: a LightningModule that holds one does not register, checkpoint, move or call
     train() on the base. Every parameter is frozen and the model stays in eval mode.
 
-    eos_ids: the tokens that end a text. model: the Hugging Face model itself.
+    eos_ids: the tokens that end a text. model: the Hugging Face model itself. recompute: blocks that gradients pass
+    through keep their input alone; see recompute.py.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, path: str = "", revision: str | None = None) -> None:
@@ -66,6 +67,7 @@ class BaseLM:
         self._kinds = list(zip(types, spans, strict=True))
         self._windowed = any(window is not None for window in spans)
         self.adapter: lora.Adapter | None = None
+        self.recompute = False
 
     def add_adapter(self, source: LoraConfig | Path) -> BaseLM:
         """Gives the base a new adapter to train, or a saved one; returns itself. spec.adapter_sha256 then names the
@@ -100,20 +102,21 @@ class BaseLM:
         return self
 
     def compile(self) -> BaseLM:
-        """Every block through torch.compile, for any number of tokens and slots; returns itself. Needs a C++ compiler.
-        Every block compiles for itself at the first forwards of each kind (one token, several, with a mask), some
-        seconds each: torch tells blocks apart by their number."""
-        # Beyond its limit torch goes on uncompiled, with a warning at most; blocks share one limit, and their code.
-        limits, kinds = torch._dynamo.config, FORWARD_KINDS * len(self._layers)
-        limits.recompile_limit = max(limits.recompile_limit, kinds)
-        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * kinds)
-        for layer in self._layers:
-            layer.compile(dynamic=True)
+        """Every block through torch.compile (compiling.py); returns itself. Needs a C++ compiler."""
+        compile_blocks(self._layers)
+        return self
+
+    def quantise(self, kind: str) -> BaseLM:
+        """Keeps the linear layers of its blocks as int8 or int4 (quantise.py); returns itself. spec.quantised tells."""
+        quantise(self._layers, kind)
+        self.spec = dataclasses.replace(self.spec, quantised=kind)
         return self
 
     def in_float64(self) -> BaseLM:
         """A copy that computes in fp64: the judge where two fp32 forwards round differently."""
-        return BaseLM(copy.deepcopy(self.model).double(), self.tokenizer, self.spec.path, self.spec.revision)
+        return BaseLM(
+            made_dense(copy.deepcopy(self.model)).double(), self.tokenizer, self.spec.path, self.spec.revision
+        )
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         return self._embed(tokens_BT)
@@ -153,9 +156,9 @@ class BaseLM:
             return KV(num_layers, capacity)
         return KV(self.spec.num_layers, capacity, windowed=self._windowed)
 
-    def block_weights(self, layer: int) -> dict[str, Tensor]:
+    def block_weights(self, layer: int) -> Mapping[str, Tensor]:
         assert self.spec.llama_blocks, f"the blocks of {self.spec.family} are not Llama's"
-        return dict(self._layers[layer].named_parameters())
+        return BlockWeights(self._layers[layer])
 
     def run_layers(
         self,
@@ -175,7 +178,7 @@ class BaseLM:
         """
         inputs = self._block_inputs(hidden_BQD, start, positions_BQ, mask_BQS, kv)
         for layer in range(start, stop):
-            hidden_BQD = self._layers[layer](hidden_BQD, **inputs[self._kinds[layer]])
+            hidden_BQD = self._run_block(layer, hidden_BQD, inputs)
         return hidden_BQD
 
     def capture(
@@ -227,13 +230,19 @@ class BaseLM:
         inputs = self._block_inputs(hidden_BQD, begin, positions_BQ, mask_BQS, kv, counted) if top > begin else {}
         seen = {begin: hidden_BQD} if begin in wanted else {}
         for layer in range(begin, top):
-            hidden_BQD = self._layers[layer](hidden_BQD, **inputs[self._kinds[layer]])
+            hidden_BQD = self._run_block(layer, hidden_BQD, inputs)
             if layer + 1 in wanted:
                 seen[layer + 1] = hidden_BQD
         if not (needs.final or needs.logits):
             return Capture(seen)
         final_BQD = self._norm(hidden_BQD)
         return Capture(seen, final_BQD if needs.final else None, self.lm_head(final_BQD) if needs.logits else None)
+
+    def _run_block(self, layer: int, hidden_BQD: Tensor, inputs: dict[Any, dict[str, Any]]) -> Tensor:
+        block, given = self._layers[layer], inputs[self._kinds[layer]]
+        if self.recompute:
+            return recompute.run(block, hidden_BQD, given, given.get(self.paths.kv_argument))
+        return block(hidden_BQD, **given)
 
     def weights_sha256(self) -> str:
         """Hash of every parameter and buffer: the same before and after whatever we do to a base. An adapter's are
@@ -347,17 +356,23 @@ def load(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     adapter: str | None = None,
+    quantise: str | None = None,
 ) -> BaseLM:
     """A frozen base from a folder or hub id that transformers loads; its tokenizer too where it has one.
 
     dtype: float32, bfloat16, float16 or float64. Only safetensors are read. ConfigError for an unknown
     dtype or family; DataError where there is no model, or where a weight is missing or has another shape
     (transformers would only warn, and leave the weight random). adapter: the folder of one in peft's format.
+    quantise: int8 or int4, not with an adapter.
     """
+    if adapter and quantise:
+        raise ConfigError("base.adapter, base.quantise: an adapter sits on dense layers; leave one of them out")
     model, tokenizer = read(path, revision, dtype, trust_remote_code)
     if Path(path).is_dir():
         path = str(Path(path).resolve())  # an artifact that names this base is read from other folders
     base = BaseLM(model, tokenizer, path, revision)
+    if quantise:
+        base.quantise(quantise)  # before it moves: the dense weights never lie on the device
     return (base.add_adapter(Path(adapter)) if adapter else base).to(device)
 
 

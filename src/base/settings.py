@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from draftsmith.errors import ConfigError
 
+QUANTISED = ("int8", "int4")  # how the weights of a base's blocks may be kept
+
 
 @dataclass(frozen=True)
 class LoraConfig:

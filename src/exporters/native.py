@@ -25,7 +25,8 @@ FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
 
 # What must be equal for a head to mean anything on a base; `path` and `revision` are only told.
-# (The config's hash is only told too: it changes with every default that transformers adds.)
+# (The config's hash is only told too: it changes with every default that transformers adds. So is `quantised`: a head
+# may serve the base at full precision that was trained on it as integers.)
 TIES = ("family", "hidden_size", "vocab_size", "num_layers", "tokenizer_sha256", "adapter_sha256")
 
 
@@ -71,7 +72,8 @@ def save_adapter(folder: Path, adapter: Any) -> None:
 
 
 def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cpu") -> Head:
-    """The head of a native folder, for a base with this spec, in its trained precision.
+    """The head of a native folder, for a base with this spec, in its trained precision. head.spec is that spec, but
+    `quantised` as it was in training.
 
     Raises DataError for a folder that is not whole, a head of another base (both values named) or tensors
     that are not exactly the head's.
@@ -100,7 +102,8 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
         if not issubclass(kind, Head):
             raise ConfigError(f"{folder}/config.json: head._target_: {kind.__name__} is no head")
         with torch.device("meta"):
-            head: Head = kind(config.typed(described["head"], kind.Config, "head"), spec)
+            trained = dataclasses.replace(spec, quantised=described["base"].get("quantised", ""))
+            head: Head = kind(config.typed(described["head"], kind.Config, "head"), trained)
     except ConfigError as e:
         raise DataError(str(e)) from None
     try:
@@ -154,6 +157,8 @@ def _version() -> str:
 
 def _card(described: dict[str, Any], parameters: int) -> str:
     base, head = described["base"], described["head"]
+    loading = ', adapter="this folder/adapter"' if base["adapter_sha256"] else ""
+    loading += f', quantise="{base["quantised"]}"' if base["quantised"] else ""
     settings = "\n".join(f"| {k} | {v} |" for k, v in head.items() if k != "_target_")
     training = "\n".join(f"| {k} | {v} |" for k, v in described["training"].items())
     whose = "the base's own with its adapter (folder `adapter`)" if base["adapter_sha256"] else "the base's own"
@@ -168,12 +173,14 @@ def _card(described: dict[str, Any], parameters: int) -> str:
     return f"""# {described["name"]}
 
 A {described["role"]} ({head["_target_"].rpartition(".")[2]}, {parameters:,} parameters) for the base
-`{base["path"]}`{f" at revision {base['revision']}" if base["revision"] else ""}. {promise}
+`{base["path"]}`{f" at revision {base['revision']}" if base["revision"] else ""}{
+        f", trained with that base's weights as {base['quantised']}" if base["quantised"] else ""
+    }. {promise}
 
 ```python
 from draftsmith import generate, load_base, load_head
 
-base = load_base("{base["path"]}"{', adapter="this folder/adapter"' if base["adapter_sha256"] else ""})
+base = load_base("{base["path"]}"{loading})
 head = load_head("this folder", base=base)
 print(generate(base, input_ids, head=head, max_new_tokens=64).tokens)
 ```

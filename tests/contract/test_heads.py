@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from draftsmith import config
+from draftsmith.base import lm
 from draftsmith.base.settings import LoraConfig
 from draftsmith.contracts import Batch, Capture, Head, LossOut, Needs
 from draftsmith.data.pack import collate
@@ -540,6 +541,35 @@ def test_a_gate_is_the_same_at_work_when_it_comes_back(variant: Variant, make: A
     states = torch.randn(9, head.config.hidden_size, generator=torch.Generator().manual_seed(0))
     assert torch.equal(back(states), head(states))
     assert dataclasses.replace(back.gate(), head=head) == head.gate()
+
+
+# In bf16
+
+
+@every_head
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_bf16_base_teaches_it(
+    variant: Variant, precision: str, make: Any, tiny_base: Any, noisy: Any, tmp_path: Path
+) -> None:
+    """As training runs it: the base in its own dtype, the head under autocast or in fp32 throughout. The loss is that
+    beside the fp32 base, within what bf16 resolves."""
+    wanted, head = make(variant, 0.0)
+    batch = a_batch(head)
+    exact = float(loss_of(wanted, head, batch).sum.detach())
+    tiny_base().model.save_pretrained(tmp_path)
+    base = lm.load(str(tmp_path), dtype="bfloat16")
+    if variant.kind.adapts:
+        new_adapter(base, LoraConfig(rank=3), 0)
+    head = new_head(variant.kind, variant.own, variant.name, base, 0, beside=head.beside)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", enabled=False):
+            seen = base.capture(head.needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
+        loss = head.loss(base, seen, batch).sum
+    loss.backward()
+    trained = {**dict(head.named_parameters()), **dict(base.adapter.named_parameters() if base.adapter else ())}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert [n for n, p in trained.items() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert float(loss.detach()) == pytest.approx(exact, rel=0.05)
 
 
 # On disk

@@ -343,11 +343,13 @@ def test_a_run_is_judged_from_any_folder_and_runs_nobodys_code(folder: Path, tmp
     assert "draft_model" in found["baselines"]
 
 
-def test_a_companion_in_bf16_is_found_again_as_it_was(folder: Path, tmp_path: Path) -> None:
+def test_a_companion_in_bf16_and_quantised_is_found_again_as_it_was(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'draftsmith[quant]'")
     own = ["head=[acceptance]", "data=jsonl", "data.path=rows", *FAST, f"run_dir={tmp_path / 'run'}"]
-    made(run(folder, "train", "companion.dtype=bfloat16", *own))
+    made(run(folder, "train", "companion.dtype=bfloat16", "companion.quantise=int8", *own))
     head = load_head(tmp_path / "run" / "heads" / "acceptance", base=load_base(folder / "base"))
     assert str(head.beside.companion.dtype) == "torch.bfloat16"
+    assert head.beside.companion.spec.quantised == "int8"
 
 
 def test_prompts_of_a_file_that_chose_the_threshold_are_told(folder: Path, gate: Path, tmp_path: Path) -> None:
