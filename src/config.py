@@ -12,6 +12,7 @@ import difflib
 import logging
 import math
 import os
+import shlex
 import sys
 import traceback
 import types
@@ -200,9 +201,11 @@ def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:
         if debug:
             traceback.print_exc()
         rank = os.environ.get("RANK", "0")
-        if e.told or (isinstance(e, Interrupted) and rank != "0"):  # the first process says it for all
-            return e.exit_code
-        return _say(e if rank == "0" else f"process {rank}: {e}", e.exit_code)
+        if not (e.told or (isinstance(e, Interrupted) and rank != "0")):  # the first process says it for all
+            _say(e if rank == "0" else f"process {rank}: {e}", e.exit_code)
+        if isinstance(e, Interrupted) and rank == "0":
+            _say_how_to_resume(verb)
+        return e.exit_code
     except (HydraException, OmegaConfBaseException) as e:
         if debug:
             traceback.print_exc()
@@ -222,6 +225,14 @@ def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:
             traceback.print_exc()
         frame = traceback.extract_tb(e.__traceback__)[-1]
         return _say(f"{verb}: {type(e).__name__}: {e} ({frame.filename}:{frame.lineno}); debug=true tells more", 1)
+
+
+def _say_how_to_resume(verb: str) -> None:
+    """The user's own command line; a process that another command started does not know it."""
+    if "DRAFTSMITH_LAUNCHED" in os.environ and "RANK" in os.environ:
+        return
+    launched = "the same launcher with: " if "RANK" in os.environ else ""
+    print(f"resume: {launched}{shlex.join(['draftsmith', verb, *sys.argv[1:]])}", file=sys.stderr, flush=True)
 
 
 def _say(message: object, code: int) -> int:

@@ -28,13 +28,19 @@ def step_done(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 class Following(L.Callback):
-    """Tells the watch which step this process is in."""
+    """Tells the watch how far this process has come."""
 
     def __init__(self, watch: processes.Watch) -> None:
         self.watch = watch
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, idx: int) -> None:
-        self.watch.step = module.done(idx - 1)
+        self.watch.at(module.done(idx - 1) + 1)
+
+    def on_before_backward(self, trainer: L.Trainer, module: Any, loss: Any) -> None:
+        self.watch.at(self.watch.step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
+        self.watch.at(self.watch.step)
 
 
 class Clock(L.Callback):

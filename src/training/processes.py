@@ -30,6 +30,8 @@ T = TypeVar("T")
 BEAT = 1.0  # seconds between the signs of life that a process gives
 LEAVE = 600  # seconds that a stopping process may take for its checkpoint
 QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+LAUNCHED = "DRAFTSMITH_LAUNCHED"  # set for processes that `launch` started: their command is not the user's
+OVER, GRACE = "over", 5.0  # the key that says a process was given up, and the seconds it has to leave by itself
 PORT = 29400  # of the first process, plus the last digits of the SLURM job's number
 # What torch says when a process that it talks to is gone or silent; there is no exception type for it under gloo.
 GONE = re.compile(
@@ -107,8 +109,10 @@ def launch(verb: str, cfg: Any, devices: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    os.environ[LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its tables of failures
+    for name in [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # tables of failures: the processes say what went wrong
     how = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -133,7 +137,9 @@ def launch(verb: str, cfg: Any, devices: int) -> None:
         name = signal.Signals(-first.exitcode).name
         raise PeerError(f"process {rank} was killed by {name}; the same command goes on where it can") from e
     except SignalException as e:  # the agent has passed it on and waited
-        raise Interrupted(f"stopped by {signal.Signals(e.sigval).name}; the same command goes on") from e
+        error = Interrupted(f"stopped by {signal.Signals(e.sigval).name}")
+        error.told = True
+        raise error from e
 
 
 @contextlib.contextmanager
@@ -153,10 +159,8 @@ def joined(accelerator: str, timeout: float, *, alone: bool = False) -> Iterator
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=waiting)
     else:
         _meet(here, backend, waiting)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # after a failure it might wait for processes that are gone
 
 
 def _meet(here: Place, backend: str, waiting: Any) -> None:
@@ -230,13 +234,14 @@ def spread(tensor: Any) -> Any:
 
 
 class Watch:
-    """Signs of life through the processes' store: every process writes a number that grows, and its step, once a
-    second; whoever is left alone in a collective reads whose number stands still, or whose step lags."""
+    """Signs of life through the processes' store: once a second every process writes a number that grows, how many
+    moments (batch, backward, end) it has passed, and its step. Whoever is left alone in a collective says so there, and
+    reads whose number stands still, or who says nothing and has not come as far."""
 
     def __init__(self) -> None:
         import torch.distributed as dist
 
-        self.here, self.step = place(), 0
+        self.here, self.step, self.moments = place(), 1, 0
         self._end = threading.Event()
         self._store: Any = None
         if self.here.world > 1:
@@ -245,13 +250,19 @@ class Watch:
             self._thread = threading.Thread(target=self._beat, daemon=True)
             self._thread.start()
 
+    def at(self, step: int) -> None:
+        """A moment of this step has come."""
+        self.step, self.moments = step, self.moments + 1
+
     def _beat(self) -> None:
         count = 0
         with contextlib.suppress(RuntimeError):  # the store is gone: so is whoever held it, as the others will notice
-            while not self._end.is_set():
-                self._store.set(f"alive/{self.here.rank}", f"{count} {self.step}")
+            while not self._end.wait(BEAT if count else 0):
+                self._store.set(f"alive/{self.here.rank}", f"{count} {self.moments} {self.step}")
                 count += 1
-                self._end.wait(BEAT)
+                if self._store.check([OVER]) and not self._end.wait(GRACE):
+                    print(f"error: process {self.here.rank}: the others gave it up in step {self.step}", flush=True)
+                    os._exit(PeerError.exit_code)
 
     def close(self) -> None:
         self._end.set()
@@ -260,28 +271,30 @@ class Watch:
 
     def blame(self, error: BaseException) -> PeerError:
         """Who is to blame for a collective that failed here."""
-        where = f"{_collective(error)} of step {self.step + 1}"
+        where = f"{_collective(error)} of step {self.step}"
         try:
+            self._store.set(f"left/{self.here.rank}", where)
             before = self._read()
             time.sleep(3 * BEAT)
             after = self._read()
+            silent = [r for r in range(self.here.world) if not self._store.check([f"left/{r}"])]
+            self._store.set(OVER, where)
         except RuntimeError:
             return PeerError(f"process 0 is gone: nobody answers for it in {where}; its own words say why")
-        others = [r for r in range(self.here.world) if r != self.here.rank]
-        dead = [r for r in others if after[r] == before[r]]
-        late = [r for r in others if r not in dead and after[r][1] < self.step]
+        dead = [r for r in silent if after[r] == before[r]]
         if dead:
             return PeerError(f"process {_listed(dead)} died: no sign of life while the others waited in {where}")
-        if late:
-            steps = ", ".join(str(after[r][1] + 1) for r in late)
-            return PeerError(f"process {_listed(late)} hangs in step {steps}, the others waited in {where}")
+        if silent:
+            late = [r for r in silent if after[r][1] == min(after[n][1] for n in silent)]
+            steps = _listed([after[r][2] for r in late])
+            return PeerError(f"process {_listed(late)} hangs in step {steps}; the others waited in {where}")
         return PeerError(f"{where} failed though all processes live: {' '.join(str(error).split())[:300]}")
 
-    def _read(self) -> list[tuple[int, int]]:
-        """(count, step) of every process; (-1, -1) of one that never gave a sign."""
+    def _read(self) -> list[tuple[int, int, int]]:
+        """(count, moments, step) of every process; -1 of one that never gave a sign."""
         keys = [f"alive/{r}" for r in range(self.here.world)]
-        told = [self._store.get(k).decode().split() if self._store.check([k]) else ("-1", "-1") for k in keys]
-        return [(int(count), int(step)) for count, step in told]
+        told = [self._store.get(k).decode().split() if self._store.check([k]) else ("-1",) * 3 for k in keys]
+        return [(int(count), int(moments), int(step)) for count, moments, step in told]
 
 
 @contextlib.contextmanager

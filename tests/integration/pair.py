@@ -9,6 +9,8 @@ import os
 import random
 import signal
 import sys
+import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,13 @@ from draftsmith.base.lm import BaseLM, load
 from draftsmith.base.settings import LoraConfig
 from draftsmith.data.module import RowsModule
 from draftsmith.data.rows import Row
-from draftsmith.errors import Interrupted
+from draftsmith.errors import DraftsmithError, Interrupted, ResourceError
 from draftsmith.heads.eagle3 import Eagle3, Eagle3Config
 from draftsmith.heads.hydra import Hydra, HydraConfig
 from draftsmith.heads.kv_prediction import KVPrediction, KVPredictionConfig
 from draftsmith.heads.medusa import Medusa, MedusaConfig
 from draftsmith.heads.medusa2 import Medusa2, Medusa2Config
-from draftsmith.training import fit, processes, strategy, zero
+from draftsmith.training import checkpoint, fit, processes, strategy, zero
 from draftsmith.training.settings import OptimizerConfig, SchedulerConfig, Settings, StrategyConfig, TrainerConfig
 
 LENGTH = 24
@@ -64,6 +66,9 @@ class Case:
     lr: float = 1e-2
     clip: float | None = 0.05
     masked: bool = False  # the rows that the second of two processes reads teach nothing
+    every: int = 99  # steps between checkpoints
+    fault: str = ""  # hang: the second process, in step 4 | full: the first one's disk, after step 4
+    timeout: float = 60
 
 
 ZERO = {1: {"stage": 1}, 2: {"stage": 2}, 3: {"stage": 3, "stage3_param_persistence_threshold": 10**12}}
@@ -76,6 +81,9 @@ CASES = {
     **{f"hydra-{s}": Case(s, "hydra") for s in ("single", "zero3")},
     "hydra-zero3-cut": Case("zero3", "hydra", CUT),
     **{f"masked-{s}": Case(s, masked=True, accumulate=1) for s in ("single", "ddp", "zero2", "zero3")},
+    **{f"long-{s}": Case(s, steps=60, every=5) for s in ("zero2", "ddp")},
+    "hang": Case("zero2", fault="hang", timeout=8),
+    "full": Case("ddp", fault="full", every=2),
     **{f"half-{s}": Case(s, stop=9) for s in ("single", "ddp", "zero1", "zero2", "zero3")},
 }
 
@@ -109,12 +117,12 @@ def settings_of(case: Case, world: int) -> Settings:
     stage = int(case.strategy[4]) if case.strategy.startswith("zero") else 0
     chosen = StrategyConfig(
         case.strategy if world > 1 or stage else "single",
-        timeout=60,
+        timeout=case.timeout,
         deepspeed=(case.deepspeed or {"zero_optimization": ZERO[stage]}) if stage else None,
     )
     return Settings(
         TrainerConfig(
-            max_steps=case.steps, devices=world, accumulate=case.accumulate, log_every=1, checkpoint_every=99
+            max_steps=case.steps, devices=world, accumulate=case.accumulate, log_every=1, checkpoint_every=case.every
         ),
         chosen,
         OptimizerConfig(lr=case.lr, weight_decay=0.01, clip=case.clip, clip_scope="global"),
@@ -184,6 +192,10 @@ def train(folder: Path, name: str, run: str | None = None) -> dict[str, Any]:
     more: list[Any] = [norms]
     if case.stop is not None:
         more.append(Stop(case.stop))
+    if case.fault == "hang":
+        more.append(Hang(folder / "hanging"))
+    if case.fault == "full":
+        checkpoint.save = full  # type: ignore[assignment]
     with contextlib.suppress(Interrupted):
         fit.fit(
             base,
@@ -234,15 +246,42 @@ class Stop(L.Callback):
             os.kill(os.getpid(), signal.SIGUSR1)
 
 
+class Hang(L.Callback):
+    """The second process sleeps in step 4."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, idx: int) -> None:
+        if trainer.global_rank == 1 and pl_module.done(idx) == 4:
+            self.sign.touch()
+            time.sleep(600)
+
+
+def full(folder: Path, step: int, *args: Any, **kwargs: Any) -> Path:
+    if step > 4:
+        raise ResourceError("No space left on the test's disk")
+    return save(folder, step, *args, **kwargs)
+
+
+save = checkpoint.save
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     zero.library("cpu")
-    with processes.joined("cpu", 60, alone=True):
-        for name in names:
-            case, _, run = name.partition("@")
-            train(folder, case, run or None)
-            print("done", name, os.environ.get("RANK"), flush=True)
+    timeout = min(CASES[name.partition("@")[0]].timeout for name in names)
+    try:
+        with processes.joined("cpu", timeout, alone=True):
+            for name in names:
+                case, _, run = name.partition("@")
+                train(folder, case, run or None)
+    except DraftsmithError as e:
+        if "TRACE" in os.environ:
+            traceback.print_exc()
+        print(f"rank {processes.place().rank} ends by {type(e).__name__}: {e}", flush=True)
+        sys.exit(e.exit_code)
 
 
 if __name__ == "__main__":
