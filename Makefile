@@ -2,7 +2,7 @@
 # and how to choose a torch). ARGS go to the command: make quickstart ARGS="seed=1", make test ARGS="-k tree".
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-faults test-kills test-gpu test-runtime lint wheel clean
+.PHONY: help setup quickstart test test-slow test-faults test-kills test-gpu test-cluster test-runtime lint wheel clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 18
@@ -27,6 +27,13 @@ test-kills:      ## 50 distillations of 400 rows, each killed at random moments,
 
 test-gpu:        ## the tests marked gpu, one at a time; needs a CUDA torch (TORCH, TORCH_INDEX)
 	@LINT=0 EXTRAS=dev,gpu scripts/test.sh -n 0 -m gpu $(ARGS)
+
+# As root it installs what the tests need of Debian, if that is missing; without, they say what they lack.
+test-cluster:    ## the tests marked cluster, one at a time: two nodes by network namespaces, Slurm, launchers
+	@if [ "$$(id -u)" = 0 ] && ! type ip slurmctld slurmd munged pgrep &>/dev/null && type apt-get &>/dev/null; then \
+	    apt-get update -q && apt-get install -y -q --no-install-recommends slurm-wlm munge iproute2 procps; \
+	fi
+	@LINT=0 scripts/test.sh -n 0 -m cluster $(ARGS)
 
 # vLLM asks for an older transformers than constraints.txt pins, so it lives in an environment of its own, unpinned.
 test-runtime:    ## the tests marked runtime, one at a time, with vLLM in .venv-runtime
