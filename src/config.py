@@ -316,4 +316,16 @@ def claim(cfg: DictConfig, folder: Path, *, begun: bool = True) -> None:
     changed = [k for k in sorted({*ours, *before}) if ours.get(k) != before.get(k)]
     if changed:
         table = ", ".join(f"{k}: {before.get(k)} -> {ours.get(k)}" for k in changed)
-        raise ConfigError(f"run_dir: {folder} holds another run ({table}); choose another run_dir")
+        cure = _splits(cfg, before["global_batch"]) if changed == ["global_batch"] else ""
+        raise ConfigError(f"run_dir: {folder} holds another run ({table}); {cure}choose another run_dir")
+
+
+def _splits(cfg: DictConfig, batch: int) -> str:
+    """How these processes can share the global batch that a run began with; else how many could."""
+    batch_size, _, devices, nodes = (OmegaConf.select(cfg, k) for k in SPLIT_KEYS)
+    share, rest = divmod(batch, devices * nodes)
+    if rest:
+        divisors = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
+        return f"{batch} packs divide by {divisors} processes, not by {devices * nodes}; start so many, or "
+    size = math.gcd(share, batch_size)
+    return f"to go on, say data.batch_size={size} trainer.accumulate={share // size}, or "

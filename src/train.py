@@ -43,7 +43,8 @@ def run(cfg: DictConfig) -> Path:
     run_dir = config.run_dir(cfg, "train")
     trainer = settings.trainer
     if processes.wants_launch(trainer.devices, trainer.num_nodes):
-        processes.launch("train", OmegaConf.merge(cfg, {"run_dir": str(run_dir)}), trainer.devices)
+        job = OmegaConf.to_yaml(OmegaConf.merge(cfg, {"run_dir": str(run_dir)}), resolve=True)
+        processes.launch("train", job, trainer.devices)
         return run_dir
     with processes.joined(trainer.accelerator, settings.strategy.timeout, alone=bool(engine)):
         with contextlib.ExitStack() as held:

@@ -195,9 +195,14 @@ class Checkpoints(L.Callback):
 
     def _restore(self) -> None:
         for s, handler in self._before.items():
-            # A launcher passes its signal on once more to those that are still leaving.
-            signal.signal(s, signal.SIG_IGN if self.stopped_at and processes.place().world > 1 else handler)
+            signal.signal(s, handler)
         self._before = {}
+
+    def deaf(self) -> None:
+        """Once stopped, one of several processes leaves in peace: a launcher ends those that leave last by a signal."""
+        if processes.place().world > 1:
+            for s in SIGNALS:
+                signal.signal(s, signal.SIG_IGN)
 
     def _ask(self, number: int, frame: Any) -> None:
         now = time.monotonic()

@@ -22,7 +22,7 @@ from torch import nn
 
 from draftsmith import artifacts
 from draftsmith.errors import DataError
-from draftsmith.training.strategy import MOMENTS
+from draftsmith.training.settings import MOMENTS
 
 SEAL = "COMPLETE.json"
 

@@ -64,6 +64,7 @@ def fit(
         elif resume:
             checkpoint.restore(resume, module.trained(), processes.spread)
     if checkpoints.stopped_at is not None:
+        checkpoints.deaf()
         raise Interrupted(
             f"stopped by a signal after step {checkpoints.stopped_at} of {steps}, checkpoint saved;"
             " the same command resumes"

@@ -101,10 +101,10 @@ def wants_launch(devices: int, num_nodes: int) -> bool:
     return True
 
 
-def launch(verb: str, cfg: Any, devices: int) -> None:
-    """Runs the verb as `devices` processes on this machine, by torchrun's own agent, until all of them end. What
-    they answer is this process's answer: SystemExit with their exit code, PeerError if one was killed."""
-    from omegaconf import OmegaConf
+def launch(verb: str, job: str, devices: int) -> None:
+    """Runs the verb as `devices` processes on this machine, by torchrun's own agent, until all of them end. job: its
+    whole configuration, as yaml. What they answer is this process's answer: SystemExit with their exit code,
+    PeerError if one was killed."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -127,9 +127,9 @@ def launch(verb: str, cfg: Any, devices: int) -> None:
     )
     try:
         with tempfile.TemporaryDirectory(prefix="draftsmith-") as folder:
-            Path(folder, "job.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-            job = ["--config-dir", folder, "--config-name", "job", *QUIET]
-            elastic_launch(how, sys.executable)("-m", f"draftsmith.{verb}", *job)
+            Path(folder, "job.yaml").write_text(job)
+            given = ["--config-dir", folder, "--config-name", "job", *QUIET]
+            elastic_launch(how, sys.executable)("-m", f"draftsmith.{verb}", *given)
     except ChildFailedError as e:
         rank, first = e.get_first_failure()
         if first.exitcode > 0:
@@ -155,6 +155,8 @@ def joined(accelerator: str, timeout: float, *, alone: bool = False) -> Iterator
         yield
         return
     backend = "nccl" if accelerator == "gpu" else "gloo"
+    # DeepSpeed makes groups of its own without saying how long they wait: torch's default is theirs.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = waiting
     if here.world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=waiting)
     else:
@@ -267,20 +269,15 @@ class Watch:
     def close(self) -> None:
         self._end.set()
         if self._store is not None:
-            self._thread.join()
+            self._thread.join(2 * BEAT)  # a store whose machine is unreachable answers nothing, not even an error
 
     def blame(self, error: BaseException) -> PeerError:
         """Who is to blame for a collective that failed here."""
         where = f"{_collective(error)} of step {self.step}"
-        try:
-            self._store.set(f"left/{self.here.rank}", where)
-            before = self._read()
-            time.sleep(3 * BEAT)
-            after = self._read()
-            silent = [r for r in range(self.here.world) if not self._store.check([f"left/{r}"])]
-            self._store.set(OVER, where)
-        except RuntimeError:
-            return PeerError(f"process 0 is gone: nobody answers for it in {where}; its own words say why")
+        found = _within(10 * BEAT, lambda: self._look(where))
+        if found is None:
+            return PeerError(f"process 0 is gone: nobody answers for it in {where}")
+        before, after, silent = found
         dead = [r for r in silent if after[r] == before[r]]
         if dead:
             return PeerError(f"process {_listed(dead)} died: no sign of life while the others waited in {where}")
@@ -289,6 +286,16 @@ class Watch:
             steps = _listed([after[r][2] for r in late])
             return PeerError(f"process {_listed(late)} hangs in step {steps}; the others waited in {where}")
         return PeerError(f"{where} failed though all processes live: {' '.join(str(error).split())[:300]}")
+
+    def _look(self, where: str) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]], list[int]]:
+        """Everybody's signs now and after three beats, and who has said nothing meanwhile."""
+        self._store.set(f"left/{self.here.rank}", where)
+        before = self._read()
+        time.sleep(3 * BEAT)
+        after = self._read()
+        silent = [r for r in range(self.here.world) if not self._store.check([f"left/{r}"])]
+        self._store.set(OVER, where)
+        return before, after, silent
 
     def _read(self) -> list[tuple[int, int, int]]:
         """(count, moments, step) of every process; -1 of one that never gave a sign."""
@@ -310,6 +317,20 @@ def watched(watch: Watch) -> Iterator[None]:
         raise watch.blame(e) from e
     finally:
         watch.close()
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T | None:
+    """work()'s result; None where it fails or takes longer: a call into a lost store may never return."""
+    found: list[T] = []
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):
+            found.append(work())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
 
 
 def _collective(error: BaseException) -> str:

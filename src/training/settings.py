@@ -97,6 +97,7 @@ class SchedulerConfig:
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter beside the number of its updates
 STRATEGIES = ("auto", "single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from draftsmith.errors import ConfigError
 from draftsmith.training.engine_config import merged
 from draftsmith.training.processes import place
-from draftsmith.training.settings import Settings
+from draftsmith.training.settings import MOMENTS, Settings
 
 if TYPE_CHECKING:
     import lightning as L
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from draftsmith.training.zero import Pieces
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def engine_config(settings: Settings, batch_size: int, parts: Iterable[str]) -> dict[str, Any]:
@@ -109,6 +108,7 @@ def arguments(settings: Settings, engine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_zero(trainer: L.Trainer) -> bool:
+    """Whether DeepSpeed's engine trains."""
     return hasattr(trainer.strategy, "deepspeed_engine")
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
 from draftsmith.errors import Diverged
-from draftsmith.training.strategy import MOMENTS
+from draftsmith.training.settings import MOMENTS
 
 T = TypeVar("T")
 

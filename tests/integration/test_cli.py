@@ -26,7 +26,7 @@ HEAD = "heads/medusa/model.safetensors"
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_every_form_trains_the_same_head(training: list[str], tmp_path: Path, devices: int) -> None:
-    """`devices=2`: Lightning starts the second process itself, from each form."""
+    """`devices=2`: the command becomes the launcher of two, from each form."""
     more = ["trainer.max_steps=6", f"trainer.devices={devices}", f"data.batch_size={4 // devices}"]
     found = {}
     for name, form in FORMS.items():
@@ -121,6 +121,10 @@ def test_a_run_directory_never_mixes_two_runs(training: list[str], tmp_path: Pat
     code, output = draftsmith("train", *more, "trainer.devices=2", cwd=tmp_path)
     assert code == 2, output  # twice the processes is twice the global batch: another run
     assert "global_batch: 2 -> 4" in output
+    assert "to go on, say data.batch_size=1 trainer.accumulate=1, or choose another run_dir" in output
+    code, output = draftsmith("train", *more, "trainer.devices=3", cwd=tmp_path)
+    assert code == 2, output
+    assert "2 packs divide by 1, 2 processes, not by 3; start so many" in output
 
 
 def test_rows_that_changed_are_not_resumed_on(micro: Path, training: list[str], tmp_path: Path) -> None:

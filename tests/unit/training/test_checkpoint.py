@@ -3,7 +3,9 @@
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +16,21 @@ from draftsmith.base.lm import BaseLM
 from draftsmith.contracts import Head
 from draftsmith.errors import DataError, ResourceError
 from draftsmith.heads.medusa import Medusa, MedusaConfig
-from draftsmith.training import checkpoint
+from draftsmith.training import checkpoint, strategy
 
 TIES = {"base": "x"}
+
+
+def found(heads: dict[str, Head], optimizer: torch.optim.Optimizer) -> Any:
+    trainer: Any = SimpleNamespace(optimizers=[optimizer], is_global_zero=True, strategy=None)
+    return {name: strategy.tensors(trainer, head) for name, head in heads.items()}
+
+
+def restore(loaded: checkpoint.Checkpoint, heads: dict[str, Head], optimizer: torch.optim.Optimizer) -> None:
+    checkpoint.check(loaded, heads)
+    trainer: Any = SimpleNamespace(optimizers=[optimizer], is_global_zero=True, strategy=None)
+    moments = checkpoint.restore(loaded, heads, lambda t: t)
+    strategy.put_moments(trainer, moments, max(loaded.updates.values()))
 
 
 def setup(
@@ -51,11 +65,11 @@ TWO = {"a": MedusaConfig(num_heads=2), "b": MedusaConfig(num_heads=1, share_lm_h
 def test_restores_bit_for_bit(base: BaseLM, tmp_path: Path, updates: int) -> None:
     """Weights, moments and counts; and the next update is the same too."""
     heads, optimizer = setup(base, 0, updates, **TWO)
-    path = checkpoint.save(tmp_path, 7, heads, optimizer, keep=2, ties=TIES)
+    path = checkpoint.save(tmp_path, 7, found(heads, optimizer), keep=2, ties=TIES)
     loaded = checkpoint.load(path)
     assert (loaded.step, loaded.ties) == (7, TIES)
     others, other = setup(base, 1, 0, **TWO)
-    checkpoint.restore(loaded, others, other)
+    restore(loaded, others, other)
     assert state(others, other) == state(heads, optimizer)
     for h, o in ((heads, optimizer), (others, other)):
         for head in h.values():
@@ -67,10 +81,10 @@ def test_restores_bit_for_bit(base: BaseLM, tmp_path: Path, updates: int) -> Non
 
 def test_restores_in_place(base: BaseLM, tmp_path: Path) -> None:
     heads, optimizer = setup(base, 0, 1, **TWO)
-    path = checkpoint.save(tmp_path, 1, heads, optimizer, keep=1, ties=TIES)
+    path = checkpoint.save(tmp_path, 1, found(heads, optimizer), keep=1, ties=TIES)
     others, other = setup(base, 1, 0, **TWO)
     before = [p.data_ptr() for p in others["a"].parameters()]
-    checkpoint.restore(checkpoint.load(path), others, other)
+    restore(checkpoint.load(path), others, other)
     assert [p.data_ptr() for p in others["a"].parameters()] == before
     assert {id(p) for p in other.state} == {id(p) for h in others.values() for p in h.parameters()}
 
@@ -78,7 +92,7 @@ def test_restores_in_place(base: BaseLM, tmp_path: Path) -> None:
 def test_files_and_pointer(base: BaseLM, tmp_path: Path) -> None:
     heads, optimizer = setup(base, 0, 1, **TWO)
     for step in (3, 6):
-        checkpoint.save(tmp_path, step, heads, optimizer, keep=2, ties=TIES)
+        checkpoint.save(tmp_path, step, found(heads, optimizer), keep=2, ties=TIES)
     assert sorted(os.listdir(tmp_path)) == ["last", "step-00000003", "step-00000006"]
     assert read_json(tmp_path / "last") == {"checkpoint": "step-00000006"}
     files = sorted(os.listdir(tmp_path / "step-00000006"))
@@ -89,7 +103,7 @@ def test_files_and_pointer(base: BaseLM, tmp_path: Path) -> None:
 def test_rotation_keeps_the_newest(base: BaseLM, tmp_path: Path, keep: int) -> None:
     heads, optimizer = setup(base, 0, 1, **TWO)
     for step in (2, 4, 6, 8, 10):
-        checkpoint.save(tmp_path, step, heads, optimizer, keep=keep, ties=TIES)
+        checkpoint.save(tmp_path, step, found(heads, optimizer), keep=keep, ties=TIES)
         kept = [s for s in (2, 4, 6, 8, 10) if s <= step][-keep:]
         assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{s:08d}" for s in kept]
 
@@ -98,7 +112,7 @@ def test_nothing_is_deleted_before_the_new_one_is_whole(
     base: BaseLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads, optimizer = setup(base, 0, 1, **TWO)
-    checkpoint.save(tmp_path, 2, heads, optimizer, keep=1, ties=TIES)
+    checkpoint.save(tmp_path, 2, found(heads, optimizer), keep=1, ties=TIES)
 
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -106,7 +120,7 @@ def test_nothing_is_deleted_before_the_new_one_is_whole(
     with monkeypatch.context() as m:
         m.setattr(os, "fsync", full)
         with pytest.raises(ResourceError):
-            checkpoint.save(tmp_path, 4, heads, optimizer, keep=1, ties=TIES)
+            checkpoint.save(tmp_path, 4, found(heads, optimizer), keep=1, ties=TIES)
     assert sorted(os.listdir(tmp_path)) == ["last", "step-00000002"]
     loaded, warnings = checkpoint.load_last(tmp_path)
     assert loaded is not None
@@ -132,7 +146,7 @@ def damage(path: Path, how: str) -> None:
 def test_a_damaged_newest_one_falls_back(base: BaseLM, tmp_path: Path, how: str) -> None:
     heads, optimizer = setup(base, 0, 1, **TWO)
     for step in (2, 4):
-        checkpoint.save(tmp_path, step, heads, optimizer, keep=2, ties=TIES)
+        checkpoint.save(tmp_path, step, found(heads, optimizer), keep=2, ties=TIES)
     damage(tmp_path / "step-00000004", how)
     loaded, warnings = checkpoint.load_last(tmp_path)
     assert loaded is not None
@@ -150,10 +164,10 @@ def test_a_damaged_newer_one_never_pushes_out_the_good(base: BaseLM, tmp_path: P
     """After a fall-back the run saves earlier steps again; those are the ones to keep."""
     heads, optimizer = setup(base, 0, 1, **TWO)
     for step in (2, 9):
-        checkpoint.save(tmp_path, step, heads, optimizer, keep=2, ties=TIES)
+        checkpoint.save(tmp_path, step, found(heads, optimizer), keep=2, ties=TIES)
     damage(tmp_path / "step-00000009", "flip")
     for step in (4, 6):
-        checkpoint.save(tmp_path, step, heads, optimizer, keep=keep, ties=TIES)
+        checkpoint.save(tmp_path, step, found(heads, optimizer), keep=keep, ties=TIES)
         assert (tmp_path / read_json(tmp_path / "last")["checkpoint"]).is_dir()
         loaded, _ = checkpoint.load_last(tmp_path)
         assert loaded is not None
@@ -163,7 +177,7 @@ def test_a_damaged_newer_one_never_pushes_out_the_good(base: BaseLM, tmp_path: P
 def test_an_unsealed_folder_is_none(base: BaseLM, tmp_path: Path) -> None:
     heads, optimizer = setup(base, 0, 1, **TWO)
     for step in (2, 4):
-        checkpoint.save(tmp_path, step, heads, optimizer, keep=2, ties=TIES)
+        checkpoint.save(tmp_path, step, found(heads, optimizer), keep=2, ties=TIES)
     (tmp_path / "step-00000004" / "COMPLETE.json").unlink()
     loaded, _ = checkpoint.load_last(tmp_path)
     assert loaded is not None
@@ -172,7 +186,7 @@ def test_an_unsealed_folder_is_none(base: BaseLM, tmp_path: Path) -> None:
 
 def test_moved_elsewhere_it_still_loads(base: BaseLM, tmp_path: Path) -> None:
     heads, optimizer = setup(base, 0, 1, **TWO)
-    checkpoint.save(tmp_path / "here", 2, heads, optimizer, keep=2, ties=TIES)
+    checkpoint.save(tmp_path / "here", 2, found(heads, optimizer), keep=2, ties=TIES)
     shutil.move(tmp_path / "here", tmp_path / "there")
     loaded, warnings = checkpoint.load_last(tmp_path / "there")
     assert loaded is not None
@@ -194,17 +208,52 @@ def test_no_folder_at_all(tmp_path: Path) -> None:
 )
 def test_other_heads_are_refused(base: BaseLM, tmp_path: Path, wrong: dict[str, MedusaConfig], says: str) -> None:
     heads, optimizer = setup(base, 0, 1, **TWO)
-    path = checkpoint.save(tmp_path, 1, heads, optimizer, keep=1, ties=TIES)
+    path = checkpoint.save(tmp_path, 1, found(heads, optimizer), keep=1, ties=TIES)
     others, other = setup(base, 1, 0, **wrong)
     with pytest.raises(DataError, match=says):
-        checkpoint.restore(checkpoint.load(path), others, other)
+        restore(checkpoint.load(path), others, other)
 
 
 def test_another_shape_is_refused(base: BaseLM, tmp_path: Path) -> None:
     heads, optimizer = setup(base, 0, 1, a=TWO["a"])
-    path = checkpoint.save(tmp_path, 1, heads, optimizer, keep=1, ties=TIES)
+    path = checkpoint.save(tmp_path, 1, found(heads, optimizer), keep=1, ties=TIES)
     loaded = checkpoint.load(path)
     key = "exp_avg.blocks.0.0.linear.bias"
     loaded.tensors["a"][key] = loaded.tensors["a"][key][:8]
     with pytest.raises(DataError, match=r"exp_avg\.blocks\.0\.0\.linear\.bias is \(8,\), the head needs \(16,\)"):
-        checkpoint.restore(loaded, heads, optimizer)
+        restore(loaded, heads, optimizer)
+
+
+def test_a_writer_writes_beside_and_says_what_failed() -> None:
+    writer, may, done = checkpoint.Writer(), threading.Event(), []
+
+    def work() -> None:
+        assert may.wait(10)
+        done.append(1)
+
+    writer.finish()
+    writer.start(work)
+    assert not done
+    may.set()
+    writer.finish()
+    assert done == [1]
+
+    def full() -> None:
+        raise ResourceError("no space")
+
+    writer.start(full)
+    with pytest.raises(ResourceError, match="no space"):
+        writer.finish()
+    writer.finish()  # said once
+
+
+def test_the_tensors_are_copies(base: BaseLM) -> None:
+    """What is being written does not follow the training that goes on."""
+    heads, optimizer = setup(base, 0, 1, **TWO)
+    copies = found(heads, optimizer)
+    before = {n: tensors_sha256(t) for n, (t, _) in copies.items()}
+    for h in heads.values():
+        for p in h.parameters():
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert {n: tensors_sha256(t) for n, (t, _) in copies.items()} == before
