@@ -189,7 +189,6 @@ def _quiet_lightning() -> None:
         ".*GPU available but not used.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*DeepSpeed handles gradient clipping internally.*",
-        ".*torch.distributed.*is deprecated.*",
         ".*`srun` command is available.*",
     ):
         warnings.filterwarnings("ignore", text)

@@ -41,7 +41,7 @@ def engine_config(settings: Settings, batch_size: int, parts: Iterable[str]) -> 
         raise ConfigError(f"{where}: has no zero_optimization.stage; strategy={strategy.name} asks for {strategy.zero}")
     clip = optimizer.clip if optimizer.clip_scope == "global" else clips[several[0]] if len(several) == 1 else None
     only = several[0] if len(several) == 1 else ""
-    return merged(
+    config = merged(
         given,
         {
             "train_micro_batch_size_per_gpu": ("data.batch_size", batch_size),
@@ -60,7 +60,10 @@ def engine_config(settings: Settings, batch_size: int, parts: Iterable[str]) -> 
             "optimizer.params.weight_decay": ("optimizer.weight_decay", optimizer.of(only, "weight_decay")),
         },
         where,
-    ) | {"gradient_clipping": clip or 0.0, "train_micro_batch_size_per_gpu": batch_size}
+    )
+    # Offloaded moments are updated by torch's own fused AdamW, as everywhere, not by an operator to be compiled.
+    own = {"gradient_clipping": clip or 0.0, "train_micro_batch_size_per_gpu": batch_size}
+    return {"zero_force_ds_cpu_optimizer": False, **config, **own} if "offload_optimizer" in zero else config | own
 
 
 def _given(settings: Settings) -> tuple[dict[str, Any], str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ def library(accelerator: str) -> Any:
     # Used for inference only, and compiled at the first meeting of processes: half a minute of g++.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logging.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", ".*torch.distributed.*is deprecated.*")  # DeepSpeed's calls, in every collective
     return deepspeed
 
 

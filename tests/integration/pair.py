@@ -73,7 +73,10 @@ class Case:
 
 ZERO = {1: {"stage": 1}, 2: {"stage": 2}, 3: {"stage": 3, "stage3_param_persistence_threshold": 10**12}}
 CUT = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}  # the heads' weights in pieces too
+OFFLOAD = {"zero_optimization": ZERO[3] | {f"offload_{what}": {"device": "cpu"} for what in ("optimizer", "param")}}
 CASES = {
+    "offload": Case("zero3_offload", deepspeed=OFFLOAD),
+    "half-offload": Case("zero3_offload", deepspeed=OFFLOAD, stop=9),
     **{s: Case(s) for s in ("single", "ddp", "zero1", "zero2", "zero3")},
     "zero3-cut": Case("zero3", deepspeed=CUT),
     **{f"{h}-{s}": Case(s, h) for h in ("kv", "medusa2", "eagle3") for s in ("single", "zero2", "zero3")},

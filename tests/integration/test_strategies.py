@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from draftsmith.artifacts import file_sha256
 
 from . import pair
+from .conftest import finish
+from .conftest import start as begin
 
 pytestmark = pytest.mark.xdist_group("pair")
 
@@ -162,11 +164,27 @@ def test_more_of_the_same(folder: Path, alone: Any) -> None:
         "kv-zero2",
         "medusa2-zero2",
     ]
-    start(folder, *cases, *others, "masked-ddp", "masked-zero3")
-    for run in ["zero3-cut", *crossed]:
+    start(folder, *cases, *others, "masked-ddp", "masked-zero3", "half-offload@off", "offload@off")
+    for run in ["zero3-cut", "off", *crossed]:
         alone("single")
         check_equal(folder, "single", run)
     for run in [*others[1:], "masked-ddp", "masked-zero3"]:
         head = run.partition("-")[0]
         alone(f"{head}-single")
         check_equal(folder, f"{head}-single", run)
+
+
+BLOCKED = (
+    "import runpy, sys; sys.modules['deepspeed'] = None; runpy.run_module('draftsmith.train', run_name='__main__')"
+)
+
+
+def test_nothing_needs_deepspeed_but_zero(training: list[str], tmp_path: Path) -> None:
+    """As if it were not installed: one process trains, and ZeRO says what to install."""
+    given = [*training, "trainer.max_steps=2"]
+    code, output = finish(begin([sys.executable, "-c", BLOCKED, *given, "run_dir=run"], tmp_path))
+    assert code == 0, output
+    assert (tmp_path / "run" / "heads" / "medusa" / "model.safetensors").exists()
+    code, output = finish(begin([sys.executable, "-c", BLOCKED, *given, "strategy=zero2"], tmp_path))
+    assert code == 2, output
+    assert "error: strategy: name='zero2': ZeRO needs DeepSpeed; pip install 'draftsmith[deepspeed]'" in output

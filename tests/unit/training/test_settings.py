@@ -7,6 +7,8 @@ import pytest
 
 from draftsmith import config
 from draftsmith.errors import ConfigError
+from draftsmith.training import settings as settings_module
+from draftsmith.training import strategy
 from draftsmith.training.settings import OptimizerConfig, SchedulerConfig, Settings, StrategyConfig, TrainerConfig
 
 
@@ -93,6 +95,33 @@ def test_single_is_one_process() -> None:
         Settings.of(config.compose("train", ["strategy=single", "trainer.devices=2"]))
     with pytest.raises(ConfigError, match="name='fsdp'"):
         StrategyConfig("fsdp")
+
+
+def test_a_clip_has_a_scope() -> None:
+    with pytest.raises(ConfigError, match="clip_scope='all': choose head or global"):
+        OptimizerConfig(clip_scope="all")
+    with pytest.raises(ConfigError, match=r"heads\.a\.clip: clip_scope=global has one norm"):
+        OptimizerConfig(clip_scope="global", heads={"a": {"clip": 1.0}})
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_zero_wants_deepspeed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config.compose("train", [f"strategy={name}"])
+    made = Settings.of(cfg).strategy
+    assert made.deepspeed is not None
+    assert made.zero == made.deepspeed["zero_optimization"]["stage"] == int(name[4])
+    assert made.in_pieces == (made.zero == 3)
+    assert strategy.engine_config(Settings.of(cfg), 4, ["medusa"])["zero_optimization"]["stage"] == made.zero
+    monkeypatch.setattr(settings_module, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=rf"strategy: name='{name}': .*pip install 'draftsmith\[deepspeed\]'"):
+        Settings.of(cfg)
+
+
+def test_a_strategy_s_keys() -> None:
+    with pytest.raises(ConfigError, match=r"config=ds\.json: a DeepSpeed configuration; choose strategy=zero1"):
+        StrategyConfig("ddp", config="ds.json")
+    with pytest.raises(ConfigError, match="timeout=0"):
+        StrategyConfig("ddp", timeout=0)
 
 
 def test_the_shipped_groups_fit() -> None:
