@@ -2,7 +2,7 @@
 # and how to choose a torch). ARGS go to the command: make quickstart ARGS="seed=1", make test ARGS="-k tree".
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-faults test-kills test-gpu test-cluster test-runtime lint wheel clean
+.PHONY: help setup quickstart test test-slow test-faults test-kills test-rank-kills test-gpu test-cluster test-runtime lint wheel clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 18
@@ -24,6 +24,9 @@ test-faults:     ## the tests marked faults: killed processes, full disks, broke
 
 test-kills:      ## 50 distillations of 400 rows, each killed at random moments, against one left alone
 	@LINT=0 DRAFTSMITH_KILLS=50 scripts/test.sh -n 0 -m faults tests/faults/test_kill.py $(ARGS)
+
+test-rank-kills: ## 50 trainings by two processes, one of them killed at random moments, against one left alone
+	@LINT=0 DRAFTSMITH_KILLS=50 scripts/test.sh -n 0 -m faults tests/faults/test_processes.py -k kill_9 $(ARGS)
 
 test-gpu:        ## the tests marked gpu, one at a time; needs a CUDA torch (TORCH, TORCH_INDEX)
 	@LINT=0 EXTRAS=dev,gpu scripts/test.sh -n 0 -m gpu $(ARGS)

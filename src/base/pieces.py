@@ -138,9 +138,8 @@ def _fill_the_rest(model: nn.Module, paths: Any, stored: Stored, inside: set[int
     model.tie_weights()  # type: ignore[operator]
     lacking = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if lacking:
-        raise DataError(
-            f"base: {stored.path}: its files hold no {', '.join(lacking[:5])}, and zero3 cannot make it; use strategy=zero2"
-        )
+        names = ", ".join(lacking[:5])
+        raise DataError(f"base: {stored.path}: its files hold no {names}, and zero3 cannot make it; use strategy=zero2")
 
 
 def _refuse_tables(block: nn.Module, prefix: str, path: str) -> None:
