@@ -200,7 +200,8 @@ def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:
     except DraftsmithError as e:
         if debug:
             traceback.print_exc()
-        rank = os.environ.get("RANK", "0")
+        srun = os.environ.get("SLURM_PROCID", "0") if "SLURM_STEP_NUM_TASKS" in os.environ else "0"
+        rank = os.environ.get("RANK", srun)
         if not (e.told or (isinstance(e, Interrupted) and rank != "0")):  # the first process says it for all
             _say(e if rank == "0" else f"process {rank}: {e}", e.exit_code)
         if isinstance(e, Interrupted) and rank == "0":

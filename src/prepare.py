@@ -90,8 +90,6 @@ def load_base(base: BaseConfig, device: str = "cpu", cutter: Cutter | None = Non
     if cutter is not None:
         from draftsmith.base import pieces
 
-        if base.quantise:
-            raise ConfigError("base.quantise: strategy=zero3 cuts up dense weights; leave it out, or use zero2")
         loaded: BaseLM = pieces.load(path, cutter, **how)
     else:
         from draftsmith.base import lm

@@ -110,9 +110,9 @@ def asked_of(data: DataConfig) -> list[Record] | None:
         return None
 
 
-def rows_of(data: DataConfig, base: BaseLM) -> Path:
+def rows_of(data: DataConfig, base: BaseLM, whole: Callable[[], BaseLM] | None = None) -> Path:
     """The folder of rows (or labels, where `check` let them pass) that this configuration means, made first if it is
-    not there."""
+    not there. whole: loads the base that answers, where this one lies in pieces."""
     if data.path and sources.published_as(Path(data.path)) in ("rows", "labels"):
         return Path(data.path)
     key = {
@@ -127,7 +127,7 @@ def rows_of(data: DataConfig, base: BaseLM) -> Path:
         key |= {"weights": base.weights_sha256(), "generation": facts_of(data)["generation"]}
 
         def make(target: Path) -> None:
-            answer(data, base, target)
+            answer(data, whole() if whole else base, target)
     else:
         key |= {"loss_on": data.loss_on}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,9 @@ def run(cfg: DictConfig) -> Path:
     parts = [*chosen, *(["base"] if base_config.lora else [])]
     check_groups(settings.optimizer.heads, parts)
     engine = strategy.engine_config(settings, data.batch_size, parts)
+    if settings.strategy.in_pieces and (base_config.quantise or base_config.compile):
+        key = "quantise" if base_config.quantise else "compile"
+        raise ConfigError(f"base.{key}: {settings.strategy.name} cuts up plain blocks; leave it out, or use zero2")
     drafted = cfg.get("companion") is not None
     supply.check(data, labels=any(kind.reads_labels(own, drafted) for kind, own in chosen.values()))
     run_dir = config.run_dir(cfg, "train")
@@ -46,11 +49,11 @@ def run(cfg: DictConfig) -> Path:
         job = OmegaConf.to_yaml(OmegaConf.merge(cfg, {"run_dir": str(run_dir)}), resolve=True)
         processes.launch("train", job, trainer.devices)
         return run_dir
-    with processes.joined(trainer.accelerator, settings.strategy.timeout, alone=bool(engine)):
+    with processes.joined(trainer.accelerator, settings.strategy.timeout, alone=bool(engine)) as watch:
         with contextlib.ExitStack() as held:
             done, source = processes.from_first(processes.together(lambda: _claimed(cfg, run_dir, data, held)))
             if not done:
-                _run(cfg, run_dir, base_config, data, settings, chosen, source, engine)
+                _run(cfg, run_dir, base_config, data, settings, chosen, source, engine, watch)
     return _judged(cfg, run_dir)
 
 
@@ -94,6 +97,7 @@ def _run(
     chosen: dict[str, tuple[type[Head], Any]],
     source: str | None,
     engine: dict[str, Any],
+    watch: processes.Watch,
 ) -> None:
     """Base, rows, heads, training, exports; nothing marks the run complete before the end."""
 
@@ -105,9 +109,8 @@ def _run(
         torch.set_num_threads(settings.trainer.threads)
     device = f"cuda:{processes.place().local}" if settings.trainer.accelerator == "gpu" else "cpu"
     cutter = strategy.pieces(settings, engine)
-    if cutter is not None and data.prompts is not None:  # a base in pieces answers nothing; kept for the next time
-        supply.rows_of(data, prepare.load_base(base_config, device))
     base = prepare.load_base(base_config, device, cutter)
+    whole = None if cutter is None else lambda: prepare.load_base(base_config, device)
     if base_config.lora is not None:
         new_adapter(base, base_config.lora, cfg.seed)
     before = base.weights_sha256()
@@ -119,7 +122,7 @@ def _run(
         raise ConfigError(
             f"data.length={data.length}: the companion reads at most {most} tokens; give a shorter length"
         )
-    chosen_rows = rows_for(data, base, _labeller(besides, chosen))
+    chosen_rows = rows_for(data, base, _labeller(besides, chosen), whole)
     counts = chosen_rows.training.token_counts(base.spec.vocab_size, chosen_rows.weights_N)
     counts_V = torch.from_numpy(counts)
     heads = {n: new_head(kind, own, n, base, cfg.seed, counts_V, besides[n]) for n, (kind, own) in chosen.items()}
@@ -130,24 +133,35 @@ def _run(
     ties = {"base": " ".join([before, base.spec.adapter_sha256]).strip(), "rows": chosen_rows.training.sha256()}
     others = {name: told(other, cfg.drafter) for name, other in besides.items() if other is not None}
     ties |= {f"beside {name}": other["sha256"] for name, other in others.items()}
-    _fit(base, heads, chosen_rows, data, run_dir, cfg.seed, settings, ties, engine)
-    if base.weights_sha256() != before:
-        raise NumericsError("base: its weights changed during training; nothing was exported")
+    how: dict[str, Any] = {"seed": cfg.seed, "ties": ties, "deepspeed": engine, "watch": watch}
+    _fit(base, heads, chosen_rows, data, run_dir, settings, how)
+    after = base.weights_sha256()
+    processes.together(lambda: _unchanged(before, after))
     if processes.is_first():
         facts = {"rows": len(chosen_rows.training), "funnel": chosen_rows.funnel, "sha256": ties}
         _finish(run_dir, heads, base, prepare.provenance(cfg, **facts), source, others)
 
 
-def rows_for(data: DataConfig, base: BaseLM, labeller: BaseLM | None = None) -> Chosen:
+def _unchanged(before: str, after: str) -> None:
+    if after != before:
+        raise NumericsError("base: its weights changed during training; nothing was exported")
+
+
+def rows_for(
+    data: DataConfig,
+    base: BaseLM,
+    labeller: BaseLM | None = None,
+    whole: Callable[[], BaseLM] | None = None,
+) -> Chosen:
     """The rows to train on and those to measure, made first if they are not there; tells what was left out. labeller:
-    the draft model whose drafts the rows are to have labels of."""
+    the draft model whose drafts the rows are to have labels of. whole: as of supply.rows_of."""
     from draftsmith.data import importing
     from draftsmith.data.funnel import table
     from draftsmith.data.rows import read_folder
 
     if labeller is not None:
         supply.check_labels(data, base, labeller)
-    rows, facts = read_folder(supply.rows_of(data, base), base.spec)
+    rows, facts = read_folder(supply.rows_of(data, base, whole), base.spec)
     if facts.get("weights_sha256", base.weights_sha256()) != base.weights_sha256():
         prepare.say(
             f"warning: {data.path}: another base ({facts['base']['path']}) answered these rows; a head learns most"
@@ -252,11 +266,10 @@ def _fit(
     rows: Chosen,
     data: DataConfig,
     run_dir: Path,
-    seed: int,
     settings: Settings,
-    ties: dict[str, str],
-    engine: dict[str, Any],
+    how: dict[str, Any],
 ) -> None:
+    """how: the rest of fit.fit's arguments."""
     from draftsmith.data.module import RowsModule, Steps
     from draftsmith.exporters import native
     from draftsmith.training import fit
@@ -267,7 +280,7 @@ def _fit(
         "batch_size": data.batch_size,
         "accumulate": trainer.accumulate,
         "horizon": max(head.horizon for head in heads.values()),
-        "seed": seed,
+        "seed": how["seed"],
     }
     weights_N = rows.weights_N
     stream = Steps(rows.training, weights_N=weights_N, world=trainer.devices * trainer.num_nodes, **layout)
@@ -293,8 +306,7 @@ def _fit(
         return RowsModule(rows.training, start=start, stop=stop, **more, **layout)
 
     every = data.validation.every if len(rows.validation) else None
-    how: dict[str, Any] = {"run_dir": run_dir, "steps": steps, "seed": seed, "settings": settings, "ties": ties}
-    fit.fit(base, heads, serve, validate_every=every, deepspeed=engine, **how)
+    fit.fit(base, heads, serve, run_dir=run_dir, steps=steps, settings=settings, validate_every=every, **how)
 
 
 def _finish(

@@ -42,6 +42,9 @@ class Following(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
         self.watch.at(self.watch.step)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.watch.leaving = True  # a checkpoint may still be on its way to the disk
+
 
 class Clock(L.Callback):
     """Tokens and seconds since the run (re)started; packed positions that hold a token count."""
@@ -183,8 +186,11 @@ class Checkpoints(L.Callback):
         self._before = {s: signal.signal(s, self._ask) for s in SIGNALS}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._restore()
         processes.together(self.writer.finish)
+        if self.stopped_at is not None:
+            self.deaf()
+        else:
+            self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._restore()
@@ -200,7 +206,9 @@ class Checkpoints(L.Callback):
 
     def deaf(self) -> None:
         """Once stopped, one of several processes leaves in peace: a launcher ends those that leave last by a signal."""
-        if processes.place().world > 1:
+        if processes.place().world == 1:
+            self._restore()
+        else:
             for s in SIGNALS:
                 signal.signal(s, signal.SIG_IGN)
 

@@ -51,8 +51,9 @@ def save(folder: Path, step: int, found: Found, *, keep: int, ties: Mapping[str,
         artifacts.write_json(temporary / "state.json", {"step": step, "updates": updates, "ties": dict(ties)})
     artifacts.write_json(folder / "last", {"checkpoint": target.name})
     done = [name for name in _complete(folder) if name <= target.name]  # a later one is damaged, or it had resumed
-    for old in done[:-keep]:
-        shutil.rmtree(folder / old)
+    with artifacts.disk(folder, "its rotation"):
+        for old in done[:-keep]:
+            shutil.rmtree(folder / old)
     return target
 
 

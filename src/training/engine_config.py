@@ -23,6 +23,8 @@ def merged(given: Mapping[str, Any], ours: Mapping[str, tuple[str, Any]], where:
     kind = str((config.get("optimizer") or {}).get("type", "AdamW"))
     if kind.lower() not in ADAM:
         clashes.append(f"optimizer.type={kind}, and draftsmith trains with AdamW")
+    if _get(config, "optimizer.params.adam_w_mode") is False:
+        clashes.append("optimizer.params.adam_w_mode=False, and AdamW's decay is not in the gradient")
     for key in list(_leaves(config.get("scheduler") or {}, "scheduler.params.", "params")):
         clashes.append(f"{key}, and the learning rate follows the group scheduler here")
     for key, (own, value) in ours.items():

@@ -32,13 +32,14 @@ def fit(
     validate_every: int | None = None,
     more: Sequence[L.Callback] = (),
     deepspeed: Mapping[str, Any] | None = None,
+    watch: processes.Watch | None = None,
 ) -> L.Trainer:
     """Runs optimiser steps up to `steps`; the heads hold the result. data(start, stop) serves the steps.
     ties: fingerprints of base and rows; a checkpoint made with others is refused (DataError). validate_every: steps
     between measurements of the rows that are not learned; None: there are none. deepspeed: strategy.engine_config's.
+    watch: told how far this process has come.
 
-    Raises Interrupted after a signal (a checkpoint was saved), NumericsError for a gradient that is not finite,
-    PeerError where another process is lost. What fails on one process fails on all.
+    Raises Interrupted after a signal (a checkpoint was saved), NumericsError for a gradient that is not finite.
     """
     trainer = settings.trainer
     folder = run_dir / "checkpoints"
@@ -46,23 +47,17 @@ def fit(
     module = TrainModule(base, heads, settings=settings, steps=steps, seed=seed, resume=resume)
     checkpoints = callbacks.Checkpoints(folder, trainer.checkpoint_every, trainer.keep, ties)
     validation = [] if validate_every is None else [callbacks.Validation(validate_every)]
-    watch = processes.Watch()
-    following = [checkpoints, callbacks.Following(watch), *more]
-    engine = _engine(settings, deepspeed or {}, run_dir, steps - module.start, following, validation)
+    first = [*([] if watch is None else [callbacks.Following(watch)]), *validation]
+    engine = _engine(settings, deepspeed or {}, run_dir, steps - module.start, [checkpoints, *more], first)
     if engine.is_global_zero:
         print("".join(f"warning: {line}\n" for line in skipped), end="", flush=True)
         if module.start:
             print(f"resuming after step {module.start} of {steps}", flush=True)
-    with artifacts.disk(run_dir, "the run"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if engine.is_global_zero:
-            callbacks.truncate(run_dir / "metrics.jsonl", module.start)
-    with processes.watched(watch):
-        if module.start < steps:
-            engine.fit(module, datamodule=data(module.start, steps))
-            strategy.release(engine, module.trained().values())
-        elif resume:
-            checkpoint.restore(resume, module.trained(), processes.spread)
+    processes.together(lambda: _prepare(run_dir, folder, module.start) if processes.is_first() else None)
+    if module.start < steps:
+        engine.fit(module, datamodule=data(module.start, steps))
+    elif resume:
+        checkpoint.restore(resume, module.trained(), processes.spread)
     if checkpoints.stopped_at is not None:
         checkpoints.deaf()
         raise Interrupted(
@@ -72,13 +67,24 @@ def fit(
     return engine
 
 
+def _prepare(run_dir: Path, folder: Path, start: int) -> None:
+    with artifacts.disk(run_dir, "the run"):
+        folder.mkdir(parents=True, exist_ok=True)
+        callbacks.truncate(run_dir / "metrics.jsonl", start)
+
+
 def _resume(
     folder: Path, ties: Mapping[str, str], parts: Mapping[str, Any]
 ) -> tuple[checkpoint.Checkpoint | None, list[str]]:
     """The checkpoint to go on from, if it belongs to this base, these rows and these heads, and what was passed over:
     what the first process finds, which alone holds the tensors."""
 
+    first = processes.from_first(dict(ties))
+
     def look() -> tuple[checkpoint.Checkpoint | None, list[str]]:
+        apart = [name for name in first if ties.get(name) != first[name]]
+        if apart:
+            raise DataError(f"{' and '.join(apart)}: other than the first process has; give every node the same files")
         if not processes.is_first():
             return None, []
         resume, skipped = checkpoint.load_last(folder)

@@ -75,6 +75,9 @@ class TrainModule(L.LightningModule):
             strategy.put_moments(self.trainer, self._moments, updates)
             self._moments = {}
 
+    def on_train_end(self) -> None:
+        strategy.release(self.trainer, self.trained().values())  # before Lightning moves them from their device
+
     def on_fit_start(self) -> None:
         self.base.to(self.device)  # Lightning moves the heads; the base is not among the module's children
         self.train()  # it would leave a part that came in eval mode without its dropout
@@ -97,11 +100,13 @@ class TrainModule(L.LightningModule):
         if part == 0:
             self._sums = {}
         losses = []
+        bf16 = self.settings.trainer.precision == "bf16"  # Lightning does it too, but not under DeepSpeed
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
         with rekeyed(self.seed, step, part, self.global_rank, "base"):
             seen = self._seen(batch)
         for name, head in self.each_head():
             head.progress = step / self.steps
-            with rekeyed(self.seed, step, part, self.global_rank, name), self._autocast():
+            with rekeyed(self.seed, step, part, self.global_rank, name), autocast:
                 out = head.loss(self.base, seen, batch, measure=measure)
             loss = out.sum / out.count.clamp(min=1)
             losses.append(loss)
@@ -121,14 +126,11 @@ class TrainModule(L.LightningModule):
                 batch = batch.to(self.device)
                 seen = self._seen(batch)
                 for name, head in self.each_head():
-                    with rekeyed(self.seed, "validation", part, self.global_rank, name), self._autocast():
+                    with rekeyed(self.seed, "validation", part, self.global_rank, name):
                         out = head.loss(self.base, seen, batch, measure=True)
                     self._add_all(f"validation/{name}", out.sum / out.count.clamp(min=1), out)
         self.train()
         return self._reduced() if self._sums else {}
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return strategy.autocast(self.trainer, self.settings.trainer.precision)
 
     def _seen(self, batch: Batch) -> Capture:
         """One base forward for all heads, computed as it will be in decoding."""
@@ -174,6 +176,7 @@ class TrainModule(L.LightningModule):
         )
         if self.resume:
             self._moments = checkpoint.restore(self.resume, self.trained(), processes.spread)
+            self.resume.tensors.clear()
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda s: self.settings.scheduler.factor(self.start + s, self.steps)
         )

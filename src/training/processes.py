@@ -23,7 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from draftsmith.errors import ConfigError, DraftsmithError, Interrupted, PeerError
+from draftsmith.errors import (
+    ConfigError,
+    DataError,
+    DraftsmithError,
+    Interrupted,
+    NumericsError,
+    PeerError,
+    ResourceError,
+)
 
 T = TypeVar("T")
 
@@ -36,9 +44,12 @@ PORT = 29400  # of the first process, plus the last digits of the SLURM job's nu
 # What torch says when a process that it talks to is gone or silent; there is no exception type for it under gloo.
 GONE = re.compile(
     r"closed by peer|timed? ?out|connection (reset|refused|was closed)|connectFullMesh|broken pipe|gloo|NCCL|"
-    r"failed to (recv|send)|sendBytes|recvValue|store",
+    r"failed to (recv|send)|sendBytes|recvValue|TCPStore",
     re.IGNORECASE,
 )
+KINDS: dict[int, type[DraftsmithError]] = {
+    kind.exit_code: kind for kind in (ConfigError, DataError, NumericsError, ResourceError, PeerError, Interrupted)
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,8 @@ def adopt(trainer: Any) -> None:
             f"trainer.devices={trainer.devices}, trainer.num_nodes={trainer.num_nodes}: the launcher started"
             f" {here.world} processes; leave both out, or start {asked}"
         )
+    if here.world % here.per_node:
+        raise ConfigError(f"trainer.devices: {here.world} processes, {here.per_node} here; start as many on each node")
     trainer.devices, trainer.num_nodes = here.per_node, here.world // here.per_node
 
 
@@ -103,7 +116,7 @@ def wants_launch(devices: int, num_nodes: int) -> bool:
 
 def launch(verb: str, job: str, devices: int) -> None:
     """Runs the verb as `devices` processes on this machine, by torchrun's own agent, until all of them end. job: its
-    whole configuration, as yaml. What they answer is this process's answer: SystemExit with their exit code,
+    whole configuration, as yaml. What they answer is this process's answer, by an error that has been told;
     PeerError if one was killed."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -132,37 +145,61 @@ def launch(verb: str, job: str, devices: int) -> None:
             elastic_launch(how, sys.executable)("-m", f"draftsmith.{verb}", *given)
     except ChildFailedError as e:
         rank, first = e.get_first_failure()
-        if first.exitcode > 0:
-            sys.exit(first.exitcode)  # it has said why
+        if first.exitcode > 0:  # it has said why
+            raise _told(first.exitcode, f"process {rank} answered {first.exitcode}") from e
         name = signal.Signals(-first.exitcode).name
         raise PeerError(f"process {rank} was killed by {name}; the same command goes on where it can") from e
     except SignalException as e:  # the agent has passed it on and waited
-        error = Interrupted(f"stopped by {signal.Signals(e.sigval).name}")
-        error.told = True
-        raise error from e
+        raise _told(Interrupted.exit_code, f"stopped by {signal.Signals(e.sigval).name}") from e
+
+
+def _told(code: int, text: str) -> DraftsmithError:
+    """The error with this exit code, which another process has said."""
+    error = KINDS.get(code, DraftsmithError)(text)
+    error.exit_code, error.told = code, True
+    return error
 
 
 @contextlib.contextmanager
-def joined(accelerator: str, timeout: float, *, alone: bool = False) -> Iterator[None]:
-    """Meets the other processes; inside, collectives work. timeout: seconds that one may take at most. alone: even
-    if there are no others, for an engine that wants to be asked."""
+def joined(accelerator: str, timeout: float, *, alone: bool = False) -> Iterator[Watch]:
+    """Meets the other processes; inside, collectives work, and a lost process is a PeerError that names it. timeout:
+    seconds that one may take at most. alone: even if there are no others, for an engine that wants to be asked.
+
+    The group stays for the life of the process: DeepSpeed keeps it in mind, and a next run finds it.
+    """
     import datetime
 
+    import torch
     import torch.distributed as dist
 
     here, waiting = place(), datetime.timedelta(seconds=timeout)
-    if dist.is_initialized() or (here.world == 1 and not alone):
-        yield
-        return
-    backend = "nccl" if accelerator == "gpu" else "gloo"
-    # DeepSpeed makes groups of its own without saying how long they wait: torch's default is theirs.
-    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = waiting
-    if here.world == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=waiting)
-    else:
-        _meet(here, backend, waiting)
-    yield
-    dist.destroy_process_group()  # after a failure it might wait for processes that are gone
+    if accelerator == "gpu":
+        torch.cuda.set_device(here.local)  # where NCCL's collectives put what they exchange
+    if not dist.is_initialized() and (here.world > 1 or alone):
+        backend = "nccl" if accelerator == "gpu" else "gloo"
+        # DeepSpeed makes groups of its own without saying how long they wait: torch's default is theirs.
+        dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = waiting
+        if here.world == 1:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=waiting)
+        else:
+            _meet(here, backend, waiting)
+    watch = Watch()
+    try:
+        yield watch
+    except DraftsmithError as e:
+        watch.tell(e.exit_code, str(e))
+        raise
+    except RuntimeError as e:
+        if here.world > 1 and GONE.search(str(e)):
+            raise watch.blame(e) from e
+        watch.tell(1, f"{type(e).__name__}: {e}")
+        raise
+    except Exception as e:
+        watch.tell(1, f"{type(e).__name__}: {e}")
+        raise
+    finally:
+        watch.close()
 
 
 def _meet(here: Place, backend: str, waiting: Any) -> None:
@@ -197,22 +234,28 @@ def together(work: Callable[[], T]) -> T:
 
     if place().world == 1:
         return work()
-    failed: DraftsmithError | None = None
+    failed: Exception | None = None
     result: Any = None
     try:
         result = work()
-    except DraftsmithError as e:
+    except Exception as e:
         failed = e
     found: list[Any] = [None] * place().world
-    dist.all_gather_object(found, None if failed is None else (type(failed), str(failed)))
+    dist.all_gather_object(found, None if failed is None else _words(failed))
     if failed is not None:
         raise failed
     for rank, other in enumerate(found):
         if other is not None:
-            error = other[0](f"process {rank}: {other[1]}")
-            error.told = True
-            raise error
+            raise _told(other[0], f"process {rank}: {other[1]}")
     return cast(T, result)
+
+
+def _words(error: Exception) -> tuple[int, str]:
+    """The exit code and the message of an error."""
+    if isinstance(error, DraftsmithError):
+        return error.exit_code, str(error)
+    code = ResourceError.exit_code if isinstance(error, (OSError, MemoryError)) else 1
+    return code, f"{type(error).__name__}: {error}"
 
 
 def from_first(value: T) -> T:
@@ -235,6 +278,9 @@ def spread(tensor: Any) -> Any:
     return tensor
 
 
+Signs = list[tuple[int, int, int]]
+
+
 class Watch:
     """Signs of life through the processes' store: once a second every process writes a number that grows, how many
     moments (batch, backward, end) it has passed, and its step. Whoever is left alone in a collective says so there, and
@@ -244,6 +290,7 @@ class Watch:
         import torch.distributed as dist
 
         self.here, self.step, self.moments = place(), 1, 0
+        self.leaving = False  # it ends by itself, after something that must not be cut short
         self._end = threading.Event()
         self._store: Any = None
         if self.here.world > 1:
@@ -262,7 +309,7 @@ class Watch:
             while not self._end.wait(BEAT if count else 0):
                 self._store.set(f"alive/{self.here.rank}", f"{count} {self.moments} {self.step}")
                 count += 1
-                if self._store.check([OVER]) and not self._end.wait(GRACE):
+                if self._store.check([OVER]) and not self.leaving and not self._end.wait(GRACE) and not self.leaving:
                     print(f"error: process {self.here.rank}: the others gave it up in step {self.step}", flush=True)
                     os._exit(PeerError.exit_code)
 
@@ -271,13 +318,21 @@ class Watch:
         if self._store is not None:
             self._thread.join(2 * BEAT)  # a store whose machine is unreachable answers nothing, not even an error
 
-    def blame(self, error: BaseException) -> PeerError:
-        """Who is to blame for a collective that failed here."""
+    def tell(self, code: int, text: str) -> None:
+        """Leaves the words of this process's own failure for those that will miss it."""
+        if self._store is not None:
+            _within(BEAT, lambda: self._store.set(f"failed/{self.here.rank}", f"{code} {text}"))
+
+    def blame(self, error: BaseException) -> DraftsmithError:
+        """Who is to blame for a collective that failed here: what a process that failed has said, or PeerError."""
         where = f"{_collective(error)} of step {self.step}"
         found = _within(10 * BEAT, lambda: self._look(where))
         if found is None:
             return PeerError(f"process 0 is gone: nobody answers for it in {where}")
-        before, after, silent = found
+        before, after, silent, failed = found
+        for rank, words in failed.items():
+            code, _, text = words.partition(" ")
+            return _told(int(code), f"process {rank}: {text}")
         dead = [r for r in silent if after[r] == before[r]]
         if dead:
             return PeerError(f"process {_listed(dead)} died: no sign of life while the others waited in {where}")
@@ -287,36 +342,24 @@ class Watch:
             return PeerError(f"process {_listed(late)} hangs in step {steps}; the others waited in {where}")
         return PeerError(f"{where} failed though all processes live: {' '.join(str(error).split())[:300]}")
 
-    def _look(self, where: str) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]], list[int]]:
-        """Everybody's signs now and after three beats, and who has said nothing meanwhile."""
+    def _look(self, where: str) -> tuple[Signs, Signs, list[int], dict[int, str]]:
+        """Everybody's signs now and after three beats, who has said nothing meanwhile, and who has failed how."""
         self._store.set(f"left/{self.here.rank}", where)
         before = self._read()
         time.sleep(3 * BEAT)
-        after = self._read()
-        silent = [r for r in range(self.here.world) if not self._store.check([f"left/{r}"])]
+        after, everyone = self._read(), range(self.here.world)
+        silent = [r for r in everyone if not self._store.check([f"left/{r}"])]
+        failed = {r: self._store.get(f"failed/{r}").decode() for r in everyone if self._store.check([f"failed/{r}"])}
         self._store.set(OVER, where)
-        return before, after, silent
+        if not self.here.rank:
+            time.sleep(3 * BEAT)  # the store may be this process's, and others still want to look
+        return before, after, silent, failed
 
-    def _read(self) -> list[tuple[int, int, int]]:
+    def _read(self) -> Signs:
         """(count, moments, step) of every process; -1 of one that never gave a sign."""
         keys = [f"alive/{r}" for r in range(self.here.world)]
         told = [self._store.get(k).decode().split() if self._store.check([k]) else ("-1",) * 3 for k in keys]
         return [(int(count), int(moments), int(step)) for count, moments, step in told]
-
-
-@contextlib.contextmanager
-def watched(watch: Watch) -> Iterator[None]:
-    """Turns what torch says of a lost process into a PeerError that names it."""
-    try:
-        yield
-    except DraftsmithError:
-        raise
-    except RuntimeError as e:
-        if watch.here.world == 1 or not GONE.search(str(e)):
-            raise
-        raise watch.blame(e) from e
-    finally:
-        watch.close()
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T | None:

@@ -92,7 +92,7 @@ def arguments(settings: Settings, engine: Mapping[str, Any]) -> dict[str, Any]:
 
         library(trainer.accelerator)
         chosen = ZeroStrategy(config=dict(engine))
-        precision = "32-true"  # autocast is ours there: DeepSpeed's bf16 would cast the weights (`autocast`)
+        precision = "32-true"  # the module computes under autocast itself: DeepSpeed's bf16 would cast the weights
     elif strategy.name == "ddp" or settings.world > 1:
         chosen = "ddp"
     if place().world > 1:
@@ -113,15 +113,6 @@ def arguments(settings: Settings, engine: Mapping[str, Any]) -> dict[str, Any]:
 def is_zero(trainer: L.Trainer) -> bool:
     """Whether DeepSpeed's engine trains."""
     return hasattr(trainer.strategy, "deepspeed_engine")
-
-
-def autocast(trainer: L.Trainer, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Around the heads' computation where Lightning does not do it."""
-    import torch
-
-    if not is_zero(trainer):
-        return contextlib.nullcontext()
-    return torch.autocast(trainer.strategy.root_device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def undo(trainer: L.Trainer) -> int:
@@ -156,7 +147,7 @@ def tensors(trainer: L.Trainer, part: nn.Module) -> tuple[dict[str, Tensor], int
         else:
             state = optimizer.state.get(p, {})
             weight, moments = p.detach(), {m: state[m] for m in MOMENTS if m in state}
-            updates = int(state["step"]) if moments else 0
+            updates = max(updates, int(state["step"]) if moments else 0)
         if trainer.is_global_zero:
             named = {f"weight.{name}": weight, **{f"{m}.{name}": t for m, t in moments.items()}}
             found |= {key: t.detach().to("cpu", copy=True).contiguous() for key, t in named.items()}

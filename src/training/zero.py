@@ -20,6 +20,7 @@ from lightning.pytorch.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
 from draftsmith.errors import Diverged
+from draftsmith.training import processes
 from draftsmith.training.settings import MOMENTS
 
 T = TypeVar("T")
@@ -100,7 +101,8 @@ def put_moments(optimizer: Any, found: Mapping[nn.Parameter, Mapping[str, Tensor
     stage3 = _is_stage3(optimizer)
     flats = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
     for flat in flats:  # Adam itself makes them in its first step, which comes later
-        inner.state[flat] = {"step": torch.tensor(float(updates)), **{m: torch.zeros_like(flat) for m in MOMENTS}}
+        step = torch.tensor(float(updates), device=flat.device)
+        inner.state[flat] = {"step": step, **{m: torch.zeros_like(flat) for m in MOMENTS}}
     link(optimizer)
     for p, tensors in found.items():
         for name, value in tensors.items():
@@ -151,7 +153,7 @@ def release(engine: Any, parts: Iterable[nn.Module]) -> None:
             own: Any = module._parameters
             module._parameters = dict(own.items())
     for p, master in zip(parameters, masters, strict=True):
-        for name in [n for n in vars(p) if n.startswith(("ds_", "_hp_", "_z3_"))]:
+        for name in list(vars(p)):  # all of them DeepSpeed's
             delattr(p, name)
         if master is not None:
             p.data = master
@@ -169,8 +171,7 @@ class Pieces:
 
     def take(self, block: nn.Module, fill: Callable[[], None]) -> None:
         """Cuts up one block, of which the first process has the weights after fill(). Collective."""
-        if torch.distributed.get_rank() == 0:
-            fill()
+        processes.together(lambda: fill() if processes.is_first() else None)
         dtype = next(block.parameters()).dtype
         self._library.zero.Init(module=block, config_dict_or_path=self._config, dtype=dtype)
 

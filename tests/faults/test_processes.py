@@ -134,7 +134,7 @@ def test_a_save_that_fails_fails_everywhere(tmp_path: Path) -> None:
     assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000002", "step-00000004"]
 
 
-def test_a_checkpoint_that_cannot_be_read_is_refused_everywhere(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_everywhere(tmp_path: Path) -> None:
     code, output = Two(tmp_path, "half-ddp").end()
     assert code == 0, output
     run = tmp_path / "half-ddp" / "checkpoints"

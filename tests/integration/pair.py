@@ -164,7 +164,7 @@ class _Blank(torch.utils.data.Dataset):
         return batch
 
 
-def train(folder: Path, name: str, run: str | None = None) -> dict[str, Any]:
+def train(folder: Path, name: str, run: str | None = None, watch: processes.Watch | None = None) -> dict[str, Any]:
     """Runs the case in FOLDER/run, from where that stopped."""
     case, world = CASES[name], processes.place().world
     settings = settings_of(case, world)
@@ -212,6 +212,7 @@ def train(folder: Path, name: str, run: str | None = None) -> dict[str, Any]:
             validate_every=7,
             more=more,
             deepspeed=engine,
+            watch=watch,
         )
     result = {"norms": norms.norms, "base": [before, base.weights_sha256()]}
     if cutter is not None:
@@ -276,10 +277,10 @@ def main() -> None:
     zero.library("cpu")
     timeout = min(CASES[name.partition("@")[0]].timeout for name in names)
     try:
-        with processes.joined("cpu", timeout, alone=True):
-            for name in names:
+        for name in names:
+            with processes.joined("cpu", timeout, alone=True) as watch:
                 case, _, run = name.partition("@")
-                train(folder, case, run or None)
+                train(folder, case, run or None, watch)
     except DraftsmithError as e:
         if "TRACE" in os.environ:
             traceback.print_exc()

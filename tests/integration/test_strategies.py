@@ -29,9 +29,10 @@ LOSS = 1e-5  # relative, per step: as the issue of equality was stated
 WEIGHTS = 5e-6  # absolute; a step is about 1e-2
 
 
-def start(folder: Path, *cases: str) -> None:
-    """The cases, by two processes."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(Path(pair.__file__))]
+def start(folder: Path, *cases: str, processes: int = 2) -> None:
+    """The cases, one after the other, by two processes, or by one without a launcher."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*(launcher if processes > 1 else []), pair.__file__]
     done = subprocess.run(
         [sys.executable, *command, str(folder), *cases],
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
@@ -112,6 +113,14 @@ def test_gradients_through_a_base_in_pieces(quick: Path, alone: Any, head: str) 
     """Predicted K/V through the base's blocks; an adapter inside them."""
     alone(f"{head}-single")
     check_equal(quick, f"{head}-single", f"{head}-zero3")
+
+
+def test_one_process_is_enough_for_zero(folder: Path, alone: Any) -> None:
+    """Without a launcher; and a second run in the same process finds what the first one left of DeepSpeed."""
+    alone("single")
+    start(folder, "zero2@one-zero2", "zero3@one-zero3", processes=1)
+    for run in ("one-zero2", "one-zero3"):
+        check_equal(folder, "single", run)
 
 
 def test_no_process_holds_the_base(quick: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from draftsmith.errors import ConfigError, PeerError
+from draftsmith.errors import ConfigError, PeerError, ResourceError
 from draftsmith.training import processes
 from draftsmith.training.processes import Place
 
@@ -68,7 +68,7 @@ def test_alone_everything_is_itself() -> None:
     with pytest.raises(ConfigError, match=r"^mine$"):
         processes.together(fail)
     assert processes.from_first("x") == "x"
-    with processes.watched(processes.Watch()), pytest.raises(RuntimeError, match="Connection closed by peer"):
+    with pytest.raises(RuntimeError, match="Connection closed by peer"), processes.joined("cpu", 5):
         raise RuntimeError("Connection closed by peer")  # a server's, perhaps: there is no other process
 
 
@@ -115,9 +115,29 @@ def test_blame(one: Any, two: Any, says: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(processes.time, "sleep", store.wait)
     error = watch.blame(RuntimeError("Timed out waiting 8000ms for recv operation"))
     assert isinstance(error, PeerError)
+    assert not error.told
     assert says in str(error)
     assert "step 8" in str(error)
     assert store.check([processes.OVER])
+
+
+def test_who_failed_has_said_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its words and its exit code, said once."""
+    watch = processes.Watch()
+    watch.here = Place(0, 2)
+    signs = {"alive/0": "9 30 8", "alive/1": "9 30 8"}
+    watch._store = store = Store(signs, {"failed/1": "5 /disk: cannot write metrics"})
+    monkeypatch.setattr(processes.time, "sleep", store.wait)
+    error = watch.blame(RuntimeError("Connection closed by peer"))
+    assert isinstance(error, ResourceError)
+    assert (str(error), error.told) == ("process 1: /disk: cannot write metrics", True)
+
+
+def test_as_many_on_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**TORCHRUN, "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="6 processes, 4 here; start as many on each node"):
+        processes.adopt(SimpleNamespace(devices=1, num_nodes=1))
 
 
 def test_a_store_that_is_gone() -> None:

@@ -116,7 +116,7 @@ def test_every_clash_is_listed(tmp_path: Path) -> None:
         "train_micro_batch_size_per_gpu": 8,
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
-        "optimizer": {"type": "Lamb", "params": {"lr": 3e-4, "betas": [0.9, 0.999]}},
+        "optimizer": {"type": "Lamb", "params": {"lr": 3e-4, "betas": [0.9, 0.999], "adam_w_mode": False}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 100}},
     }
     given = settings("zero3", in_file(tmp_path, **clashing), accumulate=2)
@@ -131,6 +131,7 @@ def test_every_clash_is_listed(tmp_path: Path) -> None:
         "gradient_clipping=0.5, and optimizer.clip makes it 1.0",
         "zero_optimization.stage=2, and strategy=zero3 makes it 3",
         "bf16.enabled=True, and trainer.precision makes it False",
+        "optimizer.params.adam_w_mode=False, and AdamW's decay",
         "optimizer.params.lr=0.0003, and optimizer.lr makes it 0.001",
         "optimizer.params.betas=[0.9, 0.999], and optimizer.betas makes it [0.9, 0.95]",
         'change one of each, or write "auto"',
