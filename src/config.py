@@ -190,7 +190,18 @@ def command(verb: str, run: Callable[[DictConfig], Any]) -> NoReturn:
 
     main = hydra.main(version_base=None, config_path=CONF, config_name=verb)(task)
     outside = _guarded(main, verb, debug="debug=true" in sys.argv)
-    sys.exit(max([outside, *codes]))
+    _leave(max([outside, *codes]))
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process. One of several that failed or was stopped does so at once: torch's threads may still talk to
+    processes that are gone, and ending them in order may hang or abort."""
+    distributed = sys.modules.get("torch.distributed")
+    if code and distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:

@@ -7,6 +7,7 @@ launcher becomes the launcher (`launch`), so that there is one way to be several
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -148,7 +149,7 @@ def launch(verb: str, job: str, devices: int) -> None:
         if first.exitcode > 0:  # it has said why
             raise _told(first.exitcode, f"process {rank} answered {first.exitcode}") from e
         name = signal.Signals(-first.exitcode).name
-        raise PeerError(f"process {rank} was killed by {name}; the same command goes on where it can") from e
+        raise PeerError(f"process {rank} was killed by {name}; the same command goes on after the last save") from e
     except SignalException as e:  # the agent has passed it on and waited
         raise _told(Interrupted.exit_code, f"stopped by {signal.Signals(e.sigval).name}") from e
 
@@ -165,7 +166,7 @@ def joined(accelerator: str, timeout: float, *, alone: bool = False) -> Iterator
     """Meets the other processes; inside, collectives work, and a lost process is a PeerError that names it. timeout:
     seconds that one may take at most. alone: even if there are no others, for an engine that wants to be asked.
 
-    The group stays for the life of the process: DeepSpeed keeps it in mind, and a next run finds it.
+    The group stays until the process ends: DeepSpeed keeps it in mind, and a next run finds it.
     """
     import datetime
 
@@ -184,6 +185,7 @@ def joined(accelerator: str, timeout: float, *, alone: bool = False) -> Iterator
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=waiting)
         else:
             _meet(here, backend, waiting)
+        atexit.register(dist.destroy_process_group)
     watch = Watch()
     try:
         yield watch

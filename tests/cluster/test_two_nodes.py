@@ -94,16 +94,18 @@ def test_a_killed_node_is_named_and_the_same_command_goes_on(
     training.check(folder, FAULT)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 @pytest.mark.usefixtures("nodes")
-def test_a_pulled_cable_ends_the_first_node(training: Training, run: Begin, tmp_path: Path) -> None:
-    """No connection is closed: only time tells. (Under ZeRO it may take DeepSpeed's groups half an hour.)"""
+def test_a_pulled_cable_is_noticed_on_both_sides(strategy: str, training: Training, run: Begin, tmp_path: Path) -> None:
+    """No connection is closed: only time tells."""
     folder = tmp_path / "run"
-    first, _ = both(run, *training.overrides(folder, 3000, strategy="ddp", **{"strategy.timeout": 20}))
+    first, second = both(run, *training.overrides(folder, 3000, strategy=strategy, **{"strategy.timeout": 20}))
     until(saved(folder), "the first checkpoint", 180, first)
     subprocess.run(["ip", "-n", "draftsmith-1", "link", "set", "dscable1", "down"], check=True)
     code, told = finish(first, 60)
     assert code == 1, told
     assert "error: process 1 died: no sign of life" in told
+    until(lambda: "process 0 is gone" in said(second), "the second node's word", 60)  # its torchrun waits on
 
 
 @pytest.mark.usefixtures("nodes")

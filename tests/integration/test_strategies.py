@@ -38,7 +38,7 @@ def start(folder: Path, *cases: str, processes: int = 2) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
