@@ -83,7 +83,7 @@ def test_another_command_does_not_go_on(micro: Path, folder: Path, tmp_path: Pat
 
 
 def test_several_processes_make_the_rows_of_one(micro: Path, folder: Path, tmp_path: Path) -> None:
-    """Two at once, told by torchrun's variables; three by Slurm's, one after the other."""
+    """Two at once, told by torchrun's variables; three by srun's, one after the other."""
     call = [sys.executable, "-m", "draftsmith.distill", *overrides(micro, folder, "out=two")]
     ranks = [start(call, tmp_path, RANK=str(r), WORLD_SIZE="2") for r in (1, 0)]
     ended = [finish(p) for p in ranks]
@@ -92,7 +92,7 @@ def test_several_processes_make_the_rows_of_one(micro: Path, folder: Path, tmp_p
     for rank in range(3):
         with pytest.MonkeyPatch.context() as m:
             m.setenv("SLURM_PROCID", str(rank))
-            m.setenv("SLURM_NTASKS", "3")
+            m.setenv("SLURM_STEP_NUM_TASKS", "3")
             assert not (tmp_path / "three" / "manifest.json").exists()
             answer(micro, folder, f"out={tmp_path / 'three'}")
     assert contents(folder / "one") == contents(tmp_path / "three")
