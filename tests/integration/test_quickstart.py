@@ -16,8 +16,6 @@ from draftsmith.prepare import cache_dir
 
 from .conftest import draftsmith, finish, start
 
-pytestmark = pytest.mark.xdist_group("quickstart")  # one worker, one run of the loop
-
 HEADS = 3
 
 

@@ -15,8 +15,6 @@ from draftsmith.artifacts import file_sha256
 
 from .conftest import draftsmith, finish, start
 
-pytestmark = pytest.mark.xdist_group("resume")  # they share one uninterrupted run
-
 STEPS = 40
 EPOCH = 8  # steps: the fixture's 16 packs, two a step
 

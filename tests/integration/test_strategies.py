@@ -23,8 +23,6 @@ from . import pair
 from .conftest import finish
 from .conftest import start as begin
 
-pytestmark = pytest.mark.xdist_group("pair")
-
 LOSS = 1e-5  # relative, per step: as the issue of equality was stated
 WEIGHTS = 5e-6  # absolute; a step is about 1e-2
 
