@@ -279,7 +279,7 @@ def test_errors_become_one_line_and_a_code(
     assert said.out == ""
     told = said.err.splitlines()
     assert len(told) == (0 if error is None else 2 if code == 75 else 1)
-    assert code != 75 or told[1].startswith("resume: draftsmith train ")
+    assert code != 75 or told[1].startswith("resume: draftsmith train")
     if error:
         assert said.err.startswith("error: ")
         assert "a: b" in said.err
