@@ -7,6 +7,7 @@ is every verb's main(): Hydra composes, errors become one line and an exit code.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -14,6 +15,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 import traceback
 import types
 import typing
@@ -59,6 +61,8 @@ MACHINE_KEYS = frozenset(
         "data.generation.server.concurrency",
     }
 )
+
+LAUNCHED = "DRAFTSMITH_LAUNCHED"  # set for the processes that a command of ours started: their line is not the user's
 
 SPLIT_KEYS = ("data.batch_size", "trainer.accumulate", "trainer.devices", "trainer.num_nodes")
 
@@ -204,6 +208,16 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+@contextlib.contextmanager
+def as_job(cfg: DictConfig, verb: str) -> Iterator[list[str]]:
+    """Python's arguments for another process that runs the verb with this configuration; good inside the context."""
+    with tempfile.TemporaryDirectory(prefix="draftsmith-") as folder:
+        Path(folder, "job.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        quiet = [f"hydra/{log}=none" for log in ("job_logging", "hydra_logging")]
+        given = ["--config-dir", folder, "--config-name", "job", "hydra.run.dir=.", "hydra.output_subdir=null", *quiet]
+        yield ["-m", f"draftsmith.{verb}", *given]
+
+
 def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:
     try:
         work()
@@ -211,8 +225,7 @@ def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:
     except DraftsmithError as e:
         if debug:
             traceback.print_exc()
-        srun = os.environ.get("SLURM_PROCID", "0") if "SLURM_STEP_NUM_TASKS" in os.environ else "0"
-        rank = os.environ.get("RANK", srun)
+        rank = os.environ.get("RANK", "0")
         if not (e.told or (isinstance(e, Interrupted) and rank != "0")):  # the first process says it for all
             _say(e if rank == "0" else f"process {rank}: {e}", e.exit_code)
         if isinstance(e, Interrupted) and rank == "0":
@@ -241,7 +254,7 @@ def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:
 
 def _say_how_to_resume(verb: str) -> None:
     """The user's own command line; a process that another command started does not know it."""
-    if "DRAFTSMITH_LAUNCHED" in os.environ and "RANK" in os.environ:
+    if LAUNCHED in os.environ and "RANK" in os.environ:
         return
     launched = "the same launcher with: " if "RANK" in os.environ else ""
     print(f"resume: {launched}{shlex.join(['draftsmith', verb, *sys.argv[1:]])}", file=sys.stderr, flush=True)

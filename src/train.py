@@ -46,21 +46,20 @@ def run(cfg: DictConfig) -> Path:
     run_dir = config.run_dir(cfg, "train")
     trainer = settings.trainer
     if processes.wants_launch(trainer.devices, trainer.num_nodes):
-        job = OmegaConf.to_yaml(OmegaConf.merge(cfg, {"run_dir": str(run_dir)}), resolve=True)
-        processes.launch("train", job, trainer.devices)
+        cfg.run_dir = str(run_dir)
+        with config.as_job(cfg, "train") as arguments:
+            processes.launch(arguments, trainer.devices)
         return run_dir
     with processes.joined(trainer.accelerator, settings.strategy.timeout, alone=bool(engine)) as watch:
         with contextlib.ExitStack() as held:
-            done, source = processes.from_first(processes.together(lambda: _claimed(cfg, run_dir, data, held)))
+            done, source = processes.by_first(lambda: _claimed(cfg, run_dir, data, held))
             if not done:
                 _run(cfg, run_dir, base_config, data, settings, chosen, source, engine, watch)
     return _judged(cfg, run_dir)
 
 
 def _claimed(cfg: DictConfig, run_dir: Path, data: DataConfig, held: contextlib.ExitStack) -> tuple[bool, str | None]:
-    """(whether the run is complete, hash of its sources), after the first process made the directory its own."""
-    if not processes.is_first():
-        return False, None
+    """(whether the run is complete, hash of its sources), after this process made the directory its own."""
     complete = artifacts.is_complete(run_dir, manifest="COMPLETE.json")
     begun = complete or any((run_dir / "checkpoints").glob("step-*"))
     if begun:
@@ -299,7 +298,7 @@ def _fit(
     if steps < FEW_STEPS:
         prepare.say(f"note: {steps} steps teach a head little; more rows, epochs, or a smaller global batch make more")
     fit.rehearse(base, heads, stream[0].to(base.device))
-    processes.together(lambda: native.rehearse(run_dir, heads) if processes.is_first() else None)
+    processes.by_first(lambda: native.rehearse(run_dir, heads))
 
     def serve(start: int, stop: int) -> RowsModule:
         more: dict[str, Any] = {"weights_N": weights_N, "measured": rows.validation, "num_workers": data.num_workers}

@@ -8,6 +8,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import functools
 import itertools
+import json
+import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,6 +75,26 @@ def make_base(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     return BaseLM(model)
 
 
+def make_micro(folder: Path, shape: dict[str, Any], rows: int, prompts: int = 6) -> Path:
+    """The folder with base/ (random weights, a real tokenizer), `rows` rows of token ids in rows.jsonl, no two of which
+    fit into 64 tokens, chats.jsonl and `prompts` prompts in prompts.jsonl."""
+    from draftsmith.base import create
+    from draftsmith.data import synthetic
+
+    chats = list(synthetic.dialogues(40, seed=5))
+    tokenizer = synthetic.train_tokenizer(chats, 400)
+    (folder / "base").mkdir()
+    create.save(create.llama(shape, tokenizer, seed=0), tokenizer, folder / "base")
+    rng, made = random.Random(0), []
+    for i in range(rows):
+        ids = [rng.randrange(10, 300) for _ in range(rng.randint(40, 60))]
+        made.append({"id": str(i), "ids": ids, "mask": [0] * 6 + [1] * (len(ids) - 6)})
+    asked = [{"messages": c[:1]} for c in chats[:prompts]]
+    for name, lines in (("rows", made), ("chats", [{"messages": c} for c in chats[:12]]), ("prompts", asked)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
 class Recording:
     """A drafter that passes everything on and keeps what went in and out of every step."""
 
@@ -99,6 +122,12 @@ class Recording:
 def tiny_base() -> Any:
     """tiny_base(family, seed=0, **config changes): a base with lively random weights. Leave it as it was."""
     return functools.cache(make_base)
+
+
+@pytest.fixture(scope="session")
+def micro_maker() -> Any:
+    """make_micro(folder, shape, rows, prompts)."""
+    return make_micro
 
 
 @pytest.fixture(scope="session")

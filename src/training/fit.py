@@ -53,7 +53,7 @@ def fit(
         print("".join(f"warning: {line}\n" for line in skipped), end="", flush=True)
         if module.start:
             print(f"resuming after step {module.start} of {steps}", flush=True)
-    processes.together(lambda: _prepare(run_dir, folder, module.start) if processes.is_first() else None)
+    processes.by_first(lambda: _prepare(run_dir, folder, module.start))
     if module.start < steps:
         engine.fit(module, datamodule=data(module.start, steps))
     elif resume:

@@ -15,15 +15,14 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from draftsmith.config import LAUNCHED
 from draftsmith.errors import (
     ConfigError,
     DataError,
@@ -38,8 +37,6 @@ T = TypeVar("T")
 
 BEAT = 1.0  # seconds between the signs of life that a process gives
 LEAVE = 600  # seconds that a stopping process may take for its checkpoint
-QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
-LAUNCHED = "DRAFTSMITH_LAUNCHED"  # set for processes that `launch` started: their command is not the user's
 OVER, GRACE = "over", 5.0  # the key that says a process was given up, and the seconds it has to leave by itself
 PORT = 29400  # of the first process, plus the last digits of the SLURM job's number
 # What torch says when a process that it talks to is gone or silent; there is no exception type for it under gloo.
@@ -115,10 +112,9 @@ def wants_launch(devices: int, num_nodes: int) -> bool:
     return True
 
 
-def launch(verb: str, job: str, devices: int) -> None:
-    """Runs the verb as `devices` processes on this machine, by torchrun's own agent, until all of them end. job: its
-    whole configuration, as yaml. What they answer is this process's answer, by an error that has been told;
-    PeerError if one was killed."""
+def launch(arguments: Sequence[str], devices: int) -> None:
+    """Runs Python with these arguments as `devices` processes on this machine, by torchrun's own agent, until all of
+    them end. What they answer is this process's answer, by an error that has been told; PeerError if one was killed."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -140,10 +136,7 @@ def launch(verb: str, job: str, devices: int) -> None:
         shutdown_timeout=LEAVE,
     )
     try:
-        with tempfile.TemporaryDirectory(prefix="draftsmith-") as folder:
-            Path(folder, "job.yaml").write_text(job)
-            given = ["--config-dir", folder, "--config-name", "job", *QUIET]
-            elastic_launch(how, sys.executable)("-m", f"draftsmith.{verb}", *given)
+        elastic_launch(how, sys.executable)(*arguments)
     except ChildFailedError as e:
         rank, first = e.get_first_failure()
         if first.exitcode > 0:  # it has said why
@@ -189,16 +182,11 @@ def joined(accelerator: str, timeout: float, *, alone: bool = False) -> Iterator
     watch = Watch()
     try:
         yield watch
-    except DraftsmithError as e:
-        watch.tell(e.exit_code, str(e))
-        raise
-    except RuntimeError as e:
-        if here.world > 1 and GONE.search(str(e)):
-            raise watch.blame(e) from e
-        watch.tell(1, f"{type(e).__name__}: {e}")
-        raise
     except Exception as e:
-        watch.tell(1, f"{type(e).__name__}: {e}")
+        ours = isinstance(e, DraftsmithError)
+        if here.world > 1 and isinstance(e, RuntimeError) and not ours and GONE.search(str(e)):
+            raise watch.blame(e) from e
+        watch.tell(*_words(e))
         raise
     finally:
         watch.close()
@@ -252,6 +240,11 @@ def together(work: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def by_first(work: Callable[[], T]) -> T:
+    """work(), by the first process alone: its result on every process, and its error. Collective."""
+    return from_first(together(lambda: work() if is_first() else cast(T, None)))
+
+
 def _words(error: Exception) -> tuple[int, str]:
     """The exit code and the message of an error."""
     if isinstance(error, DraftsmithError):
@@ -285,13 +278,13 @@ Signs = list[tuple[int, int, int]]
 
 class Watch:
     """Signs of life through the processes' store: once a second every process writes a number that grows, how many
-    moments (batch, backward, end) it has passed, and its step. Whoever is left alone in a collective says so there, and
-    reads whose number stands still, or who says nothing and has not come as far."""
+    hooks of a step (batch, backward, end) it has passed, and its step. Whoever is left alone in a collective says so
+    there, and reads whose number stands still, or who says nothing and has not come as far."""
 
     def __init__(self) -> None:
         import torch.distributed as dist
 
-        self.here, self.step, self.moments = place(), 1, 0
+        self.here, self.step, self.passed = place(), 1, 0
         self.leaving = False  # it ends by itself, after something that must not be cut short
         self._end = threading.Event()
         self._store: Any = None
@@ -302,14 +295,14 @@ class Watch:
             self._thread.start()
 
     def at(self, step: int) -> None:
-        """A moment of this step has come."""
-        self.step, self.moments = step, self.moments + 1
+        """A hook of this step has been passed."""
+        self.step, self.passed = step, self.passed + 1
 
     def _beat(self) -> None:
         count = 0
         with contextlib.suppress(RuntimeError):  # the store is gone: so is whoever held it, as the others will notice
             while not self._end.wait(BEAT if count else 0):
-                self._store.set(f"alive/{self.here.rank}", f"{count} {self.moments} {self.step}")
+                self._store.set(f"alive/{self.here.rank}", f"{count} {self.passed} {self.step}")
                 count += 1
                 if self._store.check([OVER]) and not self.leaving and not self._end.wait(GRACE) and not self.leaving:
                     print(f"error: process {self.here.rank}: the others gave it up in step {self.step}", flush=True)
@@ -358,10 +351,10 @@ class Watch:
         return before, after, silent, failed
 
     def _read(self) -> Signs:
-        """(count, moments, step) of every process; -1 of one that never gave a sign."""
+        """(count, passed, step) of every process; -1 of one that never gave a sign."""
         keys = [f"alive/{r}" for r in range(self.here.world)]
         told = [self._store.get(k).decode().split() if self._store.check([k]) else ("-1",) * 3 for k in keys]
-        return [(int(count), int(moments), int(step)) for count, moments, step in told]
+        return [(int(count), int(passed), int(step)) for count, passed, step in told]
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T | None:

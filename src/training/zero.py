@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from draftsmith.training import processes
 from draftsmith.training.settings import MOMENTS
 
 T = TypeVar("T")
+
+PERSISTENT = 10_000  # weights of up to so many numbers (norms, biases) stay whole: gathering costs more than they do
 
 
 def library(accelerator: str) -> Any:
@@ -45,14 +48,9 @@ class ZeroStrategy(DeepSpeedStrategy):
     def setup_environment(self) -> None:
         # The parent refuses everything but CUDA, compares device numbers with local ranks, and passes the number on:
         # a CPU device has none.
-        if self.root_device_type == "cpu":
-            self.parallel_devices = [torch.device("cpu", n) for n in range(len(self.parallel_devices or [1]))]
+        if isinstance(self.accelerator, CPUAccelerator):
+            self.parallel_devices = [torch.device("cpu", n) for n in range(len(self.parallel_devices or []))]
         DDPStrategy.setup_environment(self)
-
-    @property
-    def root_device_type(self) -> str:
-        assert self.accelerator is not None
-        return "cpu" if type(self.accelerator).__name__ == "CPUAccelerator" else "cuda"
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         out = super().optimizer_step(optimizer, closure, model, **kwargs)
@@ -164,14 +162,14 @@ class Pieces:
 
     def __init__(self, config: Mapping[str, Any], accelerator: str) -> None:
         self._library = library(accelerator)
-        zero = {k: v for k, v in config["zero_optimization"].items() if k in ("offload_param",) or "stage3" in k}
+        zero = {k: v for k, v in config["zero_optimization"].items() if k == "offload_param" or "stage3" in k}
         zero |= {"stage": 3, "memory_efficient_linear": False, "stage3_param_persistence_threshold": PERSISTENT}
         self._config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
         self._root: Any = None
 
     def take(self, block: nn.Module, fill: Callable[[], None]) -> None:
         """Cuts up one block, of which the first process has the weights after fill(). Collective."""
-        processes.together(lambda: fill() if processes.is_first() else None)
+        processes.by_first(fill)
         dtype = next(block.parameters()).dtype
         self._library.zero.Init(module=block, config_dict_or_path=self._config, dtype=dtype)
 
@@ -187,12 +185,7 @@ class Pieces:
         self._root(lambda: found.append(work()))
         return found[0]
 
-    def whole(self, parameters: Iterable[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
-        """These parameters put together. Collective."""
-        return whole(parameters)
-
-
-PERSISTENT = 10_000  # weights of up to so many numbers (norms, biases) stay whole: gathering costs more than they do
+    whole = staticmethod(whole)
 
 
 class _Root(nn.Module):

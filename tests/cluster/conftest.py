@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -19,9 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from draftsmith.base import create
-from draftsmith.data import synthetic
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -40,21 +36,9 @@ BATCH = 4  # packs in a step, over all processes
 
 
 @pytest.fixture(scope="session")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with base/, rows.jsonl (32 rows of token ids) and prompts.jsonl."""
-    folder = tmp_path_factory.mktemp("micro")
-    chats = list(synthetic.dialogues(40, seed=5))
-    tokenizer = synthetic.train_tokenizer(chats, 400)
-    (folder / "base").mkdir()
-    create.save(create.llama(SHAPE, tokenizer, seed=0), tokenizer, folder / "base")
-    rng = random.Random(0)
-    rows = []
-    for i in range(32):  # no two fit into 64 tokens: 32 packs, 8 steps an epoch
-        ids = [rng.randrange(10, 300) for _ in range(rng.randint(40, 60))]
-        rows.append({"id": str(i), "ids": ids, "mask": [0] * 6 + [1] * (len(ids) - 6)})
-    for name, lines in (("rows", rows), ("prompts", [{"messages": c[:1]} for c in chats])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+def micro(micro_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A micro base, 32 rows (as many packs: 8 steps an epoch) and prompts."""
+    return micro_maker(tmp_path_factory.mktemp("micro"), SHAPE, rows=32, prompts=40)
 
 
 @dataclass(frozen=True)

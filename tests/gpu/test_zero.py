@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from draftsmith.base import create
-from draftsmith.data import synthetic
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,17 +28,8 @@ SHAPE = {
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("micro")
-    tokenizer = synthetic.train_tokenizer(list(synthetic.dialogues(40, seed=5)), 400)
-    (folder / "base").mkdir()
-    create.save(create.llama(SHAPE, tokenizer, seed=0), tokenizer, folder / "base")
-    rng = random.Random(0)
-    rows = []
-    for i in range(32):
-        ids = [rng.randrange(10, 300) for _ in range(rng.randint(40, 60))]
-        rows.append({"id": str(i), "ids": ids, "mask": [0] * 6 + [1] * (len(ids) - 6)})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def training(micro_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = micro_maker(tmp_path_factory.mktemp("micro"), SHAPE, rows=32)
     return [
         *("base=hf", f"base.path={folder / 'base'}", "data=jsonl", f"data.path={folder / 'rows.jsonl'}"),
         *("data.length=64", "data.batch_size=4", "trainer=gpu", "trainer.max_steps=20", "trainer.epochs=null"),

@@ -6,18 +6,16 @@ import contextlib
 import io
 import json
 import os
-import random
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.errors import HydraException
 
 from draftsmith import config
-from draftsmith.base import create
-from draftsmith.data import synthetic
 from draftsmith.errors import DraftsmithError
 
 ROOT = Path(__file__).parents[2]
@@ -33,23 +31,9 @@ SHAPE = {
 
 
 @pytest.fixture(scope="session")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with base/ (random weights, a real tokenizer), rows.jsonl (16 rows of token ids),
-    chats.jsonl and prompts.jsonl."""
-    folder = tmp_path_factory.mktemp("micro")
-    chats = list(synthetic.dialogues(40, seed=5))
-    tokenizer = synthetic.train_tokenizer(chats, 400)
-    (folder / "base").mkdir()
-    create.save(create.llama(SHAPE, tokenizer, seed=0), tokenizer, folder / "base")
-    rng = random.Random(0)
-    rows = []
-    for i in range(16):  # no two fit into 64 tokens: 16 packs, 8 steps an epoch
-        ids = [rng.randrange(10, 300) for _ in range(rng.randint(40, 60))]
-        rows.append({"id": str(i), "ids": ids, "mask": [0] * 6 + [1] * (len(ids) - 6)})
-    lines(folder / "rows.jsonl", rows)
-    lines(folder / "chats.jsonl", [{"messages": c} for c in chats[:12]])
-    lines(folder / "prompts.jsonl", [{"messages": c[:1]} for c in chats[:6]])
-    return folder
+def micro(micro_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A micro base, 16 rows (as many packs: 8 steps an epoch), chats and prompts."""
+    return micro_maker(tmp_path_factory.mktemp("micro"), SHAPE, rows=16)
 
 
 @pytest.fixture(scope="session")

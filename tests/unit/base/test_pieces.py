@@ -12,20 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from draftsmith.base import create, pieces
+from draftsmith.base import pieces
 from draftsmith.base.lm import BaseLM, load
 from draftsmith.contracts import Needs
 from draftsmith.errors import ConfigError, DataError
-
-SHAPE = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
 
 
 class Whole:
@@ -87,17 +77,17 @@ class Emptied(Whole):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(llama: BaseLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bases") / "llama"
-    create.llama(SHAPE, None, seed=0).save_pretrained(path)
+    llama.model.save_pretrained(path)
     return path
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("several", [False, True], ids=["one file", "several files"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_same_base(tmp_path: Path, tied: bool, several: bool, dtype: str) -> None:
-    model = create.llama({**SHAPE, "tie_word_embeddings": tied}, None, seed=0)
+def test_the_same_base(make_model: Any, tmp_path: Path, tied: bool, several: bool, dtype: str) -> None:
+    model = make_model("llama", tie_word_embeddings=tied)
     model.save_pretrained(tmp_path, max_shard_size="20KB" if several else "1GB")
     assert (tmp_path / pieces.INDEX).exists() == several
     want, cutter = load(str(tmp_path), dtype=dtype), Emptied()

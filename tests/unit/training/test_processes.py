@@ -103,7 +103,7 @@ class Store:
 )
 def test_blame(one: Any, two: Any, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = processes.Watch()
-    watch.here, watch.step, watch.moments = Place(0, 3), 8, 30
+    watch.here, watch.step, watch.passed = Place(0, 3), 8, 30
     before = {"alive/0": "9 30 8", "alive/1": one[0], "alive/2": two[0]}
     after = {"alive/0": "12 30 8"}
     for rank, (_, now) in ((1, one), (2, two)):
