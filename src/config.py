@@ -198,10 +198,11 @@ def command(verb: str, run: Callable[[DictConfig], Any]) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends this process. One of several that failed or was stopped does so at once: torch's threads may still talk to
-    processes that are gone, and ending them in order may hang or abort."""
+    """Ends this process. One of several that failed or was stopped, and the one that started them, do so at once: torch's
+    threads may still talk to processes that are gone, and ending them in order may hang or abort (seen: code 134)."""
     distributed = sys.modules.get("torch.distributed")
-    if code and distributed is not None and distributed.is_initialized():
+    several = LAUNCHED in os.environ or (distributed is not None and distributed.is_initialized())
+    if code and several:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

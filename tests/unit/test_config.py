@@ -285,6 +285,22 @@ def test_errors_become_one_line_and_a_code(
         assert "a: b" in said.err
 
 
+@pytest.mark.parametrize(("code", "started", "at_once"), [(0, True, False), (75, True, True), (75, False, False)])
+def test_who_started_others_leaves_at_once(
+    code: int, started: bool, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If something is wrong: then torch's threads may not come to an end."""
+    left: list[int] = []
+    monkeypatch.setattr(config.os, "_exit", left.append)
+    monkeypatch.delenv(config.LAUNCHED, raising=False)
+    if started:
+        monkeypatch.setenv(config.LAUNCHED, "1")
+    with pytest.raises(SystemExit) as ended:
+        config._leave(code)
+    assert ended.value.code == code
+    assert left == [code] * at_once
+
+
 def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         raise errors.DataError("a: b")
