@@ -198,8 +198,8 @@ def command(verb: str, run: Callable[[DictConfig], Any]) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends this process. One of several that failed or was stopped, and the one that started them, do so at once: torch's
-    threads may still talk to processes that are gone, and ending them in order may hang or abort (seen: code 134)."""
+    """Ends this process. One of several that failed or was stopped, and the one that started them, leave at once:
+    torch's threads may still talk to processes that are gone, and an orderly end may hang or abort (seen: 134)."""
     distributed = sys.modules.get("torch.distributed")
     several = LAUNCHED in os.environ or (distributed is not None and distributed.is_initialized())
     if code and several:
