@@ -1,184 +1,207 @@
-"""draftsmith bench: what one training step costs, as a ratio of the base's forward."""
+"""draftsmith bench: what one training step costs, beside the base's forward alone and the plain reference step."""
 
 from __future__ import annotations
 
 import math
-import random
+import platform
 import statistics
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, config, prepare, train
-from draftsmith.data.rows import Row
+from draftsmith import artifacts, comparing, config, prepare, train
 from draftsmith.data.settings import DataConfig
-from draftsmith.errors import ConfigError
+from draftsmith.errors import ConfigError, DataError
 from draftsmith.training.settings import Settings
+from draftsmith.training.timing import PARTS
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from draftsmith.base.lm import BaseLM
-    from draftsmith.contracts import Head
-    from draftsmith.training.timing import StepTimer
-
-WARM = 5  # micro-batches that are not counted
+PLAIN = ("data.packing=false", "loss.impl=plain", "loss.skip_masked=false")
+STEP, KINDS = "step", ("faster", "cost", "floor", "memory")
+MOVED = 0.15  # ratios repeat within about so much on a shared machine
 COUNTED = 15  # steps that count at least in step_cost
 
 
 @dataclass(frozen=True)
-class ChatsConfig:
-    chats: int
-    length: int
-    real: float
-    labelled: float
+class FigureConfig:
+    """One ratio; see conf/figures/all.yaml. least, most: what it is to reach."""
+
+    kind: str
+    of: str
+    over: list[str] = field(default_factory=list)
+    least: float | None = None
+    most: float | None = None
 
     def __post_init__(self) -> None:
-        if self.chats < 1 or self.length < 8 or not 0 < self.real <= 1 or not 0 < self.labelled <= 1:
-            raise ConfigError("give chats >= 1, length >= 8, real and labelled in (0, 1]")
+        if self.kind not in KINDS:
+            raise ConfigError(f"kind='{self.kind}': choose one of {', '.join(KINDS)}")
+        if (self.kind == "floor") == bool(self.over):
+            raise ConfigError("over: names the variants that `of` is compared with; a floor has none")
 
 
 @dataclass(frozen=True)
-class ShapeConfig:
-    dtype: str
-    shape: dict[str, Any]
+class FiguresConfig:
+    variants: dict[str, Any]
+    figures: dict[str, FigureConfig]
+
+    def __post_init__(self) -> None:
+        named = {name for figure in self.figures.values() for name in (figure.of, *figure.over)}
+        if unknown := sorted(named - set(self.variants)):
+            raise ConfigError(f"figures: {', '.join(unknown)} is no variant; there are {', '.join(self.variants)}")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    plain: bool
+    memory: bool
+    repeats: int
+    capture: list[str] | None
+    against: str | None
+    record: bool
+    measure: bool
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ConfigError(f"repeats={self.repeats}: give at least 1")
+        if self.record and not self.against:
+            raise ConfigError("record: give the file too, as against=docs/benchmarks.json")
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Trains on made-up rows for a few steps, timing each beside a base forward on the same batch."""
-    chats = config.typed(cfg.data, ChatsConfig, "data")
-    shape = config.typed(cfg.base, ShapeConfig, "base")
-    settings = Settings.of(cfg)
-    if settings.trainer.accumulate != 1:
-        raise ConfigError("trainer.accumulate: a benched step is one micro-batch; leave it at 1")
-    if (settings.trainer.max_steps or 0) < settings.trainer.log_every:
-        raise ConfigError("trainer.max_steps: give at least trainer.log_every steps, so that metrics are timed too")
-    prepare.check_seed(cfg.seed)
-    chosen = train.heads_of(cfg)
+    """Times the variants, measures their memory, prints ratios and writes bench.json."""
+    own = config.typed({k: cfg[k] for k in BenchConfig.__dataclass_fields__}, BenchConfig, "bench")
+    _check(cfg)
     run_dir = config.run_dir(cfg, "bench")
-
+    if own.measure:
+        artifacts.write_json(run_dir / comparing.PEAK, {"extra": comparing.Steps(cfg, {}).peak()})
+        return {}
+    chosen = _chosen(cfg, own)
+    variants = {name: config.recompose("bench", overrides) for name, overrides in chosen.variants.items()}
     import torch
 
-    from draftsmith.base import create
-    from draftsmith.base.lm import BaseLM
-    from draftsmith.data.module import Steps
-    from draftsmith.training.fit import new_head
-
-    if settings.trainer.threads:
-        torch.set_num_threads(settings.trainer.threads)
-    model = create.llama(shape.shape, None, cfg.seed).to(getattr(torch, shape.dtype))
-    base = BaseLM(model).to("cuda" if settings.trainer.accelerator == "gpu" else "cpu")
-    rows = made_up(chats, base.spec.vocab_size, cfg.seed)
-    layout = {"length": chats.length, "accumulate": 1, "horizon": 1, "seed": cfg.seed}
-    packs = len(Steps(rows, batch_size=1, **layout).packs(0))  # a step is all the chats, packed
-    steps = settings.trainer.steps(packs, packs)
-
-    def cost(names: Sequence[str]) -> dict[str, Any]:
-        heads = {n: new_head(chosen[n][0], chosen[n][1], n, base, cfg.seed) for n in names}
-        layout: dict[str, Any] = {"length": chats.length, "batch_size": packs, "steps": steps}
-        return timed(base, heads, rows, settings, cfg.seed, **layout).result(settings.trainer.log_every)
-
-    result = cost(list(chosen))
-    if len(chosen) > 1:
-        result |= company({name: cost([name]) for name in chosen}, [result, cost(list(chosen))])
-    result |= {
+    if threads := cfg.trainer.threads:
+        torch.set_num_threads(threads)
+    runs = comparing.timed(variants, own.repeats, cfg.seed)
+    wanted = {name for f in chosen.figures.values() if f.kind == "memory" for name in (f.of, *f.over)}
+    peaks = {name: comparing.peak_of(variants[name]) for name in variants if name in wanted}
+    found = {name: _values(figure, runs, peaks) for name, figure in chosen.figures.items()}
+    result = {
+        "figures": {name: {"median": statistics.median(values), "runs": values} for name, values in found.items()},
+        "runs": runs,
+        "peaks": peaks,
         "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, torch {torch.__version__}",
         "config": OmegaConf.to_container(cfg, throw_on_missing=False),
     }
     artifacts.write_json(run_dir / "bench.json", result)
-    prepare.say(
-        f"base forward {result['base_forward_ms']:.0f} ms, training step {result['step_ms']:.0f} ms:"
-        f" {result['ratio_of_sums']:.2f} x (medians {result['ratio_of_medians']:.2f} x) -> {run_dir}/bench.json"
-    )
-    if len(chosen) > 1:
-        apart = ", ".join(f"{name} {own['mean_step_ms']:.0f}" for name, own in result["apart"].items())
-        prepare.say(f"one step of each alone: {apart} ms; together: {result['together_over_apart']:.2f} x their sum")
+    _tell(chosen, runs, peaks, found)
+    prepare.say(f"-> {run_dir}/bench.json")
+    if own.against:
+        _compare(Path(own.against), result, record=own.record)
     return result
 
 
-def company(apart: dict[str, dict[str, Any]], together: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What one base forward for all saves; together is timed before and after the others."""
-    joint = statistics.mean(r["mean_step_ms"] for r in together)
-    return {"apart": apart, "together_over_apart": joint / sum(own["mean_step_ms"] for own in apart.values())}
+def _check(cfg: DictConfig) -> None:
+    """What can be wrong of a configuration that is to be timed, before anything is loaded."""
+    config.typed(cfg.data, DataConfig, "data")
+    config.typed(cfg.base, prepare.BaseConfig, "base")
+    trainer = Settings.of(cfg).trainer
+    if trainer.accumulate != 1 or trainer.devices * trainer.num_nodes != 1:
+        raise ConfigError(
+            "trainer: a benched step is one micro-batch in one process; leave accumulate and devices at 1"
+        )
+    if (trainer.max_steps or 0) < trainer.log_every:
+        raise ConfigError("trainer.max_steps: give at least trainer.log_every steps, so that metrics are timed too")
+    prepare.check_seed(cfg.seed)
+    train.heads_of(cfg)
 
 
-def timed(
-    base: BaseLM,
-    heads: Mapping[str, Head],
-    rows: Sequence[Row],
-    settings: Settings,
-    seed: int,
-    *,
-    length: int,
-    batch_size: int,
-    steps: int,
-    weights_N: np.ndarray | None = None,
-) -> StepTimer:
-    """Trains the heads for so many counted steps and a few before them, and leaves nothing but their times."""
-    from draftsmith.data.module import RowsModule
-    from draftsmith.training.fit import fit
-    from draftsmith.training.timing import StepTimer
+def _chosen(cfg: DictConfig, own: BenchConfig) -> FiguresConfig:
+    """The published figures, or this configuration beside the plain step and, of several heads, beside each alone."""
+    if cfg.get("figures") is not None:
+        return config.typed(cfg.figures, FiguresConfig, "figures")
+    variants: dict[str, Any] = {STEP: []}
+    figures = {"over the base's forward": FigureConfig("floor", STEP)}
+    if own.plain:
+        variants["plain"] = list(PLAIN)
+        figures["faster than the plain step"] = FigureConfig("faster", STEP, ["plain"])
+        if own.memory:
+            figures["memory of the plain step over its own"] = FigureConfig("memory", STEP, ["plain"])
+    if len(cfg.heads) > 1:
+        others = {name: [f"~heads.{other}" for other in cfg.heads if other != name] for name in cfg.heads}
+        variants |= {f"{name} alone": dropped for name, dropped in others.items()}
+        figures["faster than each head alone"] = FigureConfig("faster", STEP, [f"{name} alone" for name in cfg.heads])
+    return FiguresConfig(variants, figures)
 
-    layout: dict[str, Any] = {
-        "length": length,
-        "batch_size": batch_size,
-        "accumulate": settings.trainer.accumulate,
-        "horizon": max(head.horizon for head in heads.values()),
-        "seed": seed,
-        "weights_N": weights_N,
-    }
-    timer = StepTimer(warm=WARM)
 
-    def serve(start: int, stop: int) -> RowsModule:
-        return RowsModule(rows, start=start, stop=stop, **layout)
+def _values(figure: FigureConfig, runs: Mapping[str, list[dict[str, Any]]], peaks: Mapping[str, int]) -> list[float]:
+    """The ratio in each repeat; of memory, which does not vary, one."""
+    if figure.kind == "memory":
+        return [sum(peaks[name] for name in figure.over) / peaks[figure.of]]
+    steps = [r["step_ms"] for r in runs[figure.of]]
+    if figure.kind == "floor":
+        return [r["step_ms"] / r["floor_ms"] for r in runs[figure.of]]
+    others = [sum(r["step_ms"] for r in some) for some in zip(*(runs[name] for name in figure.over), strict=True)]
+    pairs = zip(others, steps, strict=True)
+    return [other / step if figure.kind == "faster" else step / other for other, step in pairs]
 
-    with tempfile.TemporaryDirectory() as scratch:
-        told: dict[str, Any] = {"run_dir": Path(scratch), "seed": seed, "settings": settings, "ties": {}}
-        fit(base, heads, serve, steps=steps + WARM + 1, more=[timer], **told)
-    return timer
+
+def _tell(
+    chosen: FiguresConfig,
+    runs: Mapping[str, list[dict[str, Any]]],
+    peaks: Mapping[str, int],
+    found: Mapping[str, list[float]],
+) -> None:
+    wide = max(map(len, (*runs, *found)))
+    parts = "".join(f"{name:>11}" for name in PARTS)
+    prepare.say(f"{'ms, medians':<{wide}}{'step':>9}{'floor':>9}{parts}   MB")
+    for name, repeats in runs.items():
+        median = {key: statistics.median(r[f"{key}_ms"] for r in repeats) for key in ("step", "floor", *PARTS)}
+        told = "".join(f"{median[key]:11.1f}" for key in PARTS)
+        peak = f"{peaks[name] / 1e6:5.0f}" if name in peaks else ""
+        prepare.say(f"{name:<{wide}}{median['step']:9.1f}{median['floor']:9.1f}{told}{peak}")
+    for name, values in found.items():
+        figure, middle = chosen.figures[name], statistics.median(values)
+        reach = f"  least {figure.least:g}" if figure.least else f"  most {figure.most:g}" if figure.most else ""
+        fails = middle < (figure.least or 0) or middle > (figure.most or math.inf)
+        told = ", ".join(f"{v:.2f}" for v in values) if len(values) > 1 else ""
+        prepare.say(f"{name:<{wide}}{middle:9.2f} x{reach}{'  NOT REACHED' if fails else ''}   {told}".rstrip())
+
+
+def _compare(path: Path, result: Mapping[str, Any], *, record: bool) -> None:
+    """Says which ratios are other than they were when they were recorded, or records them."""
+    now = {name: round(figure["median"], 3) for name, figure in result["figures"].items()}
+    if record:
+        before = artifacts.read_json(path) if path.exists() else {}
+        artifacts.write_json(path, {"machine": result["machine"], "figures": {**before.get("figures", {}), **now}})
+        prepare.say(f"{len(now)} ratios recorded -> {path}")
+        return
+    recorded = artifacts.read_json(path).get("figures")
+    if not isinstance(recorded, dict):
+        raise DataError(f"{path}: holds no recorded ratios; record=true writes them")
+    moved = {n: (recorded[n], now[n]) for n in now if n in recorded and abs(now[n] / recorded[n] - 1) > MOVED}
+    for name, (before, after) in moved.items():
+        prepare.say(f"moved: {name} {before:.2f} -> {after:.2f}")
+    new = [name for name in now if name not in recorded]
+    prepare.say(
+        f"{len(now) - len(moved) - len(new)} ratios within {MOVED:.0%} of {path}" + (f"; new: {new}" if new else "")
+    )
 
 
 def step_cost(cfg: DictConfig) -> dict[str, Any]:
     """What an optimiser step of draftsmith train's configuration costs on its own base and rows: CPU-seconds, and
     as a ratio of the base's forward. Whole logging windows are counted, since metrics cost time too."""
-    from draftsmith.training.fit import new_head
+    from draftsmith.training.timing import StepTimer
 
-    data, settings = config.typed(cfg.data, DataConfig, "data"), Settings.of(cfg)
-    log_every, accumulate = settings.trainer.log_every, settings.trainer.accumulate
-    base = prepare.load_base(config.typed(cfg.base, prepare.BaseConfig, "base"))
-    rows = train.rows_for(data, base)
-    heads = {name: new_head(kind, own, name, base, cfg.seed) for name, (kind, own) in train.heads_of(cfg).items()}
-    timer = timed(
-        base,
-        heads,
-        rows.training,
-        settings,
-        cfg.seed,
-        length=data.length,
-        batch_size=data.batch_size,
-        steps=log_every * math.ceil(COUNTED / log_every),
-        weights_N=rows.weights_N,
-    )
-    result = timer.result(log_every * accumulate)
-    return {**result, "step_cpu_seconds": accumulate * result["mean_step_ms"] / 1e3}
-
-
-def made_up(chats: ChatsConfig, vocab_size: int, seed: int) -> list[Row]:
-    """Rows of random ids with lognormal lengths; the last part of each counts, as an answer would."""
-    rng = random.Random(seed)
-    drawn = [rng.lognormvariate(0, 0.6) for _ in range(chats.chats)]
-    scale = chats.real * chats.length * chats.chats / sum(drawn)
-    rows = []
-    for i, size in enumerate(drawn):
-        n = max(8, min(chats.length, round(size * scale)))
-        counted = round(n * chats.labelled)
-        ids = [rng.randrange(vocab_size) for _ in range(n)]
-        rows.append(Row(str(i), ids, [0] * (n - counted) + [1] * counted))
-    return rows
+    steps = comparing.Steps(cfg, {})
+    trainer, timer = steps.settings.trainer, StepTimer(comparing.WARM)
+    counted = trainer.log_every * math.ceil(COUNTED / trainer.log_every)
+    steps.run(counted + comparing.WARM + 1, timer)
+    result = timer.result(trainer.log_every * trainer.accumulate)
+    cost = {"step_cpu_seconds": trainer.accumulate * result["step_ms"] / 1e3}
+    return {**result, **cost, "ratio_of_sums": result["step_ms"] / result["floor_ms"]}
 
 
 def main() -> None:

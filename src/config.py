@@ -148,6 +148,12 @@ def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
         raise ConfigError(_explain(e, verb)) from None
 
 
+def recompose(verb: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of the running command with more overrides, which win."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return compose(verb, [*given, *overrides])
+
+
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration without the keys that say where and how fast: what a run *is*."""
     plain = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False))

@@ -310,6 +310,8 @@ class Head(nn.Module, ABC):
     method. `__init__(config, spec)` allocates only (safe on the meta device); `initialise(base)` sets the
     weights that depend on the base and is called once, before training, never when a head is loaded.
     progress: the share of training that is done, which a loss may schedule its terms by.
+    plain_loss, skip_masked: how its loss is computed, never what it is. True: whole logits at once, as a bench's plain
+    step does; False: positions that count for nothing are computed like any other.
 
     beside: what stands beside the base and belongs to somebody else: the drafter that a gate judges, the companion
     that an auxiliary starts from. Neither trained nor saved with the head; `attach` sets it, before `initialise`.
@@ -319,6 +321,8 @@ class Head(nn.Module, ABC):
     """
 
     progress = 1.0
+    plain_loss = False
+    skip_masked = True
     beside: Any = None
     said: Mapping[str, Any] = {}
 
@@ -348,6 +352,14 @@ class Head(nn.Module, ABC):
 
     def attach(self, beside: Any) -> None:
         object.__setattr__(self, "beside", beside)  # past nn.Module, which would take a module for a part of this one
+
+    def places(self, counted: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(where_N, counted_N): which entries of `counted` (bool, flattened) its loss looks at, and which of those
+        count; None: all."""
+        counted_P = counted.flatten()
+        if self.skip_masked:
+            return counted_P.nonzero().squeeze(1), None
+        return torch.arange(len(counted_P), device=counted_P.device), counted_P
 
     @property
     @abstractmethod

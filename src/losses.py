@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from draftsmith import eager_losses
+
 CHUNK_LOGITS = 2**21  # logits alive at a time; 256 rows at V = 8192 was the fastest chunk measured on a CPU
 
 Teacher = Callable[[int, int], tuple[Tensor, Tensor | None]]
@@ -65,6 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target_N: Tensor,
         rows: int,
         softcap: float | None,
+        measure: bool,
     ) -> tuple[Tensor, Tensor]:
         total_dtype = torch.promote_types(x_ND.dtype, torch.float32)
         grads = [t is not None and ctx.needs_input_grad[i] for i, t in enumerate((x_ND, weight_VD, bias_V))]
@@ -72,11 +75,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw_VD = torch.zeros_like(weight_VD, dtype=total_dtype) if grads[1] else None
         db_V = torch.zeros_like(bias_V, dtype=total_dtype) if grads[2] and bias_V is not None else None
         total = x_ND.new_zeros((), dtype=total_dtype)
-        best_N = torch.empty_like(target_N)
+        best_N = torch.full_like(target_N, -1)
         for i in range(0, x_ND.shape[0], rows):
             x, target = x_ND[i : i + rows], target_N[i : i + rows, None]
             logits, bend = _project(x, weight_VD, bias_V, total_dtype, softcap)
-            torch.argmax(logits, -1, out=best_N[i : i + rows])
+            if measure:
+                torch.argmax(logits, -1, out=best_N[i : i + rows])
             lse = logits.logsumexp(-1, keepdim=True)
             total += (lse - logits.gather(1, target)).sum()
             if not any(grads):
@@ -93,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scale_saved(ctx, outputs[0]), None, None, None
+        return *_scale_saved(ctx, outputs[0]), None, None, None, None
 
 
 def linear_cross_entropy(
@@ -103,18 +107,31 @@ def linear_cross_entropy(
     *,
     bias_V: Tensor | None = None,
     softcap: float | None = None,
+    counted_N: Tensor | None = None,
+    measure: bool = True,
+    plain: bool = False,
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sum, best_N): summed cross-entropy of logits x W^T + b against target_N, and each row's argmax.
 
     sum: fp32 scalar (fp64 for fp64 inputs), in nats, with gradients for x, W and b where they require them;
-    best_N: int64, no gradient. softcap: c where logits are bounded to c tanh(z / c). At most `rows` x V logits exist
-    at a time. Give only rows that count: there is no ignore index. Works on N = 0 (sum 0, zero gradients). One
-    backward only.
+    best_N: int64, no gradient; -1 where the row does not count, and everywhere without `measure`, which saves work.
+    counted_N: which rows count; None: all. The others are dropped before the projection. softcap: c where logits are
+    bounded to c tanh(z / c). At most `rows` x V logits exist at a time, unless `plain`, which holds all of them and
+    leaves gradients to autograd. Works on N = 0 (sum 0, zero gradients). One backward only.
     """
+    if plain:
+        counted_N = torch.ones_like(target_N, dtype=torch.bool) if counted_N is None else counted_N
+        return eager_losses.cross_entropy(x_ND, weight_VD, target_N, bias_V, softcap, counted_N, measure)
+    if counted_N is not None:
+        where_M = counted_N.nonzero().squeeze(1)
+        summed, best_M = linear_cross_entropy(
+            x_ND[where_M], weight_VD, target_N[where_M], bias_V=bias_V, softcap=softcap, measure=measure, rows=rows
+        )
+        return summed, torch.full_like(target_N, -1).index_copy(0, where_M, best_M)
     rows = rows or _chunk_rows(weight_VD.shape[0])
     x_ND, weight_VD = x_ND.contiguous(), weight_VD.to(x_ND.dtype)
-    return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, rows, softcap)
+    return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, rows, softcap, measure)
 
 
 class SoftOut(NamedTuple):
@@ -296,6 +313,7 @@ def linear_soft_cross_entropy(
     top_k: int | None = None,
     measure: bool = True,
     softcap: float | None = None,
+    plain: bool = False,
     rows: int | None = None,
 ) -> SoftOut:
     """Cross-entropies of K students, softmax(x_KND[k] W_k^T + b_k), against one teacher's distributions.
@@ -310,7 +328,8 @@ def linear_soft_cross_entropy(
     measure: False leaves floors and overlaps at 0, best at -1 and chance at 0, and saves that work.
 
     The gradients of `sum` go to x, W and b where they require them. At most `rows` x V logits of a model exist
-    at a time. Works on N = 0 and with nothing counted (sum 0, zero gradients). One backward only.
+    at a time, unless `plain`, which holds all of them and leaves gradients to autograd.
+    Works on N = 0 and with nothing counted (sum 0, zero gradients). One backward only.
     ValueError where the students' numbers or the rows differ.
     """
     num_students = len(weights)
@@ -321,6 +340,9 @@ def linear_soft_cross_entropy(
             f"x {list(x_KND.shape)}, counted {list(counted_KN.shape)}, {num_students} weights, {len(biases)} biases, "
             f"{len(factors)} factors: give one of each per student"
         )
+    if plain:
+        given = (x_KND, weights, teacher, counted_KN, biases, factors, top_k, measure, softcap)
+        return SoftOut(*eager_losses.soft_cross_entropy(*given))
     rows = min(rows or _chunk_rows(weights[0].shape[0]), max(x_KND.shape[1], 1))
     params = {id(t): t for t in (*weights, *biases) if t is not None}  # a shared one once, with one gradient
     place = {key: i for i, key in enumerate(params)}

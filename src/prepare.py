@@ -36,7 +36,7 @@ class BaseConfig:
     revision: str | None = None
     dtype: str = "float32"
     trust_remote_code: bool = False
-    recipe: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = None  # without a corpus: random weights
     lora: LoraConfig | None = None  # an adapter to train with a head that trains one (medusa2)
     adapter: str | None = None  # the folder of a trained one
     compile: bool = False  # torch.compile of its blocks
@@ -117,7 +117,7 @@ def base_folder(base: BaseConfig) -> Path:
     """Where the base of a recipe lies, under the fingerprint of the recipe and of the code that follows it."""
     makers = ("draftsmith.data.synthetic", "draftsmith.training.pretrain", "draftsmith.base.create")
     recipe: dict[str, Any] = {"recipe": base.recipe, "code": [source_sha256(name) for name in makers]}
-    if (base.recipe or {}).get("corpus", {}).get("source_bytes"):
+    if ((base.recipe or {}).get("corpus") or {}).get("source_bytes"):
         recipe["python"] = platform.python_version()  # whose library the natural text is
     folder = cache_dir() / "bases" / artifacts.fingerprint(recipe)[:16]
     return once(folder, lambda target: _make_base(dict(base.recipe or {}), target))
@@ -133,6 +133,11 @@ def source_sha256(module: str) -> str:
 
 def _make_base(recipe: dict[str, Any], target: Path) -> None:
     from draftsmith.base import create
+
+    if recipe.get("corpus") is None:  # a shape to measure on: random weights, no tokenizer
+        with artifacts.publish(target, kind="base", recipe=recipe) as temporary:
+            create.save(create.llama(recipe["model"], None, recipe["seed"]), None, temporary)
+        return
     from draftsmith.data import synthetic
     from draftsmith.training.pretrain import PretrainConfig, pretrain
 

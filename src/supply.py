@@ -123,7 +123,16 @@ def rows_of(data: DataConfig, base: BaseLM, whole: Callable[[], BaseLM] | None =
         "on_bad": data.on_bad,
         "code": [prepare.source_sha256(name) for name in _makers()],
     }
-    if data.prompts is not None:
+    if data.random is not None:
+        from draftsmith.data import random_rows
+        from draftsmith.data.rows import write_rows
+
+        key |= {"random": {**dataclasses.asdict(data.random), "length": data.length}}
+        made = random_rows.made_up(data.random, data.length, base.spec.vocab_size)
+
+        def make(target: Path) -> None:
+            write_rows(target, made, base=dataclasses.asdict(base.spec))
+    elif data.prompts is not None:
         key |= {"weights": base.weights_sha256(), "generation": facts_of(data)["generation"]}
 
         def make(target: Path) -> None:
@@ -149,7 +158,7 @@ def measured_rows(data: DataConfig, base: BaseLM) -> Path | None:
     """The folder of rows of data.validation.path, made first if it is another source."""
     if data.validation.path is None:
         return None
-    return rows_of(dataclasses.replace(data, path=data.validation.path, sources={}, prompts=None), base)
+    return rows_of(dataclasses.replace(data, path=data.validation.path, sources={}, prompts=None, random=None), base)
 
 
 def _import(data: DataConfig, base: BaseLM, target: Path) -> None:

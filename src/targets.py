@@ -64,9 +64,12 @@ class Lessons:
         return out_KP.view(-1, *like_BT.shape)
 
 
-def lessons(tokens_BT: Tensor, mask_BT: Tensor, documents_BT: Tensor, ahead: Sequence[int]) -> Lessons:
+def lessons(
+    tokens_BT: Tensor, mask_BT: Tensor, documents_BT: Tensor, ahead: Sequence[int], *, everywhere: bool = False
+) -> Lessons:
     """Soft labels: student k at t imitates the base at t + ahead[k], whose distribution is that of
-    x_{t + ahead[k] + 1}; it counts when that token does. No row teaches nobody."""
+    x_{t + ahead[k] + 1}; it counts when that token does. No row teaches nobody, unless `everywhere`: then all
+    positions are rows, and those that teach nobody are counted by none."""
     flat_BT = torch.arange(tokens_BT.numel(), device=tokens_BT.device).view_as(tokens_BT)
     taught = []
     for k in ahead:
@@ -74,7 +77,7 @@ def lessons(tokens_BT: Tensor, mask_BT: Tensor, documents_BT: Tensor, ahead: Seq
         teacher_BT, _ = future_tokens(flat_BT, documents_BT, k)
         students = counted_BT.reshape(-1).nonzero().squeeze(1)
         taught.append((students, teacher_BT.reshape(-1)[students]))
-    used_P = torch.zeros_like(flat_BT, dtype=torch.bool).view(-1)
+    used_P = torch.full_like(flat_BT, everywhere, dtype=torch.bool).view(-1)
     for _, rows in taught:
         used_P[rows] = True
     rows_N = used_P.nonzero().squeeze(1)

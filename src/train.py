@@ -280,6 +280,7 @@ def _fit(
         "accumulate": trainer.accumulate,
         "horizon": max(head.horizon for head in heads.values()),
         "seed": how["seed"],
+        "packing": data.packing,
     }
     weights_N = rows.weights_N
     stream = Steps(rows.training, weights_N=weights_N, world=trainer.devices * trainer.num_nodes, **layout)

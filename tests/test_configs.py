@@ -25,7 +25,14 @@ from draftsmith.decoding.tree import KINDS as TREES
 from draftsmith.decoding.tree import TreeSpec
 from draftsmith.errors import ConfigError
 from draftsmith.training.pretrain import PretrainConfig
-from draftsmith.training.settings import OptimizerConfig, SchedulerConfig, Settings, StrategyConfig, TrainerConfig
+from draftsmith.training.settings import (
+    LossConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    Settings,
+    StrategyConfig,
+    TrainerConfig,
+)
 
 CONF = Path(__file__).parents[1] / "conf"
 SPEC = BaseSpec("llama", 32, 48, 60, 2, 4, 2, 8, 128)
@@ -36,6 +43,7 @@ SCHEMAS: dict[str, type] = {
     "companion": prepare.BaseConfig,
     "data": DataConfig,
     "decoding": DecodingConfig,
+    "figures": bench.FiguresConfig,
     "gate": GateConfig,
     "optimizer": OptimizerConfig,
     "scheduler": SchedulerConfig,
@@ -47,14 +55,14 @@ INSIDE = {"tree": "decoding.tree"}  # group -> where it goes, if not to a key of
 TARGETED = {"head", "exporter"}
 # what a verb's own file holds beside the groups: (verb, key) -> its dataclass
 OWN: dict[tuple[str, str], type] = {
+    ("train", "loss"): LossConfig,
     ("evaluate", "prompts"): PromptsConfig,
     ("evaluate", "certificate"): CertificateConfig,
     ("tune", "prompts"): PromptsConfig,
     ("bakeoff", "selection"): PromptsConfig,
     ("bakeoff", "prompts"): PromptsConfig,
     ("label", "labels"): LabelsConfig,
-    ("bench", "base"): bench.ShapeConfig,
-    ("bench", "data"): bench.ChatsConfig,
+    ("bench", "loss"): LossConfig,
     ("bench_data", "bench"): bench_data.BenchDataConfig,
     ("bench_decoding", "bench"): bench_decoding.BenchDecodingConfig,
 }
@@ -79,7 +87,7 @@ def compose(verb: str, *overrides: str) -> DictConfig:
     for key in OmegaConf.missing_keys(cfg):
         OmegaConf.update(cfg, key, "given")
     data, prompts = cfg.get("data"), OmegaConf.select(cfg, "data.prompts")
-    if data is not None and prompts is None and "sources" in data and not (data.path or data.sources):
+    if data is not None and prompts is None and "sources" in data and not (data.path or data.sources or data.random):
         data.path = "given"  # which of path and sources a user gives is open
     if prompts is not None and not (prompts.path or prompts.sources or prompts.synthetic or prompts.text):
         prompts.path = "given"
@@ -108,7 +116,7 @@ def parts(verb: str, cfg: DictConfig) -> Iterator[tuple[str, Any, type]]:
 def check(verb: str, cfg: DictConfig) -> int:
     """Types every part; the number of parts."""
     typed = [config.typed(node, schema, key) for key, node, schema in parts(verb, cfg)]
-    for base in (t for t in typed if isinstance(t, prepare.BaseConfig) and t.recipe):
+    for base in (t for t in typed if isinstance(t, prepare.BaseConfig) and t.recipe and t.recipe["training"]):
         config.typed(base.recipe["training"], PretrainConfig, "base.recipe.training")
     return len(typed)
 

@@ -26,7 +26,8 @@ GROUND: dict[str, set[str]] = {
     "roles": {"contracts", "growth"},
     "drafting": {"contracts", "errors", "growth", "roles"},
     "targets": {"contracts", "errors"},
-    "losses": {"contracts", "errors"},
+    "eager_losses": set(),
+    "losses": {"contracts", "errors", "eager_losses"},
     "artifacts": {"contracts", "errors"},
     "config": {"contracts", "errors", "artifacts"},
 }

@@ -27,8 +27,8 @@ def llama(shape: dict[str, Any], tokenizer: Any | None, seed: int) -> Any:
         return LlamaForCausalLM(config)
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes config, safetensors, generation config and tokenizer into an existing folder.
+def save(model: Any, tokenizer: Any | None, folder: Path) -> None:
+    """Writes config, safetensors, generation config and tokenizer, if any, into an existing folder.
 
     use_cache is asserted: a base saved without it makes transformers' generate recompute the whole prefix,
     and every speedup measured against that would be a fake.
@@ -39,4 +39,5 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 
     logging.disable_progress_bar()
     model.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

@@ -40,9 +40,11 @@ class Steps(Dataset):
         horizon: int,
         seed: int,
         weights_N: np.ndarray | None = None,
+        packing: bool = True,
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        self.packing = packing
         self.rows, self.length, self.seed = Rows.of(rows), length, seed
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
         self.weights_N = np.ones(len(rows)) if weights_N is None else weights_N
@@ -57,7 +59,7 @@ class Steps(Dataset):
     def packs(self, epoch: int) -> list[list[int]]:
         """The packs of an epoch, as row numbers, in order."""
         if self._epoch[0] != epoch:
-            made = epoch_packs(self.rows.lengths_N, self.weights_N, self.length, self.seed, epoch)
+            made = epoch_packs(self.rows.lengths_N, self.weights_N, self.length, self.seed, epoch, self.packing)
             if not made and not epoch:  # a later epoch may have none of a few rows of small weight
                 raise DataError("data: no row to train on")
             self._epoch = (epoch, made)
@@ -107,6 +109,7 @@ class RowsModule(L.LightningDataModule):
         start: int,
         stop: int,
         weights_N: np.ndarray | None = None,
+        packing: bool = True,
         measured: Sequence[Row] = (),
         num_workers: int = 0,
     ) -> None:
@@ -120,6 +123,7 @@ class RowsModule(L.LightningDataModule):
             "horizon": horizon,
             "seed": seed,
             "weights_N": weights_N,
+            "packing": packing,
         }
 
     def _place(self) -> tuple[int, int]:

@@ -64,10 +64,14 @@ def of_epoch(weights_N: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return np.concatenate(chosen) if chosen else np.array([], dtype=np.int64)
 
 
-def epoch_packs(lengths_N: np.ndarray, weights_N: np.ndarray, room: int, seed: int, epoch: int) -> list[list[int]]:
-    """The packed sequences of an epoch, as row numbers, in the order they are trained on."""
+def epoch_packs(
+    lengths_N: np.ndarray, weights_N: np.ndarray, room: int, seed: int, epoch: int, packing: bool = True
+) -> list[list[int]]:
+    """The packed sequences of an epoch, as row numbers, in the order they are trained on; or one for each row."""
     rows = of_epoch(weights_N, seed, epoch)
     rows = rows[list(order(seed, epoch, len(rows), "rows"))]
+    if not packing:
+        return [[int(row)] for row in rows]
     packs = []
     for at in range(0, len(rows), WINDOW):
         some = rows[at : at + WINDOW]

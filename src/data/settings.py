@@ -29,10 +29,26 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class RandomConfig:
+    """Rows of random ids with the lengths of chats, to measure on: nothing can be learned from them."""
+
+    rows: int = 16
+    real: float = 0.53  # mean length, as a share of data.length
+    learned: float = 0.66  # share of a row's tokens, its last ones, that count
+    sigma: float = 0.6  # of the lognormal lengths; 0: all equal
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or not 0 < self.real <= 1 or not 0 < self.learned <= 1 or self.sigma < 0:
+            raise ConfigError("rows, real, learned, sigma: give rows >= 1, shares in (0, 1] and sigma >= 0")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     path: str | None = None  # a folder of rows; or a file, folder or glob of any shape of rows
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # or: several, by name
     prompts: PromptsConfig | None = None  # or: let the base answer these first
+    random: RandomConfig | None = None  # or: made up, to measure on
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     loss_on: str = "assistant"  # assistant | all
@@ -43,14 +59,15 @@ class DataConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     length: int = 2048  # tokens per packed sequence
     batch_size: int = 8  # packed sequences per micro-batch and process
+    packing: bool = True  # False: a row per sequence, padded to `length`, as the plain step of a bench has it
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        given = [name for name in ("path", "sources", "prompts") if getattr(self, name)]
+        given = [name for name in ("path", "sources", "prompts", "random") if getattr(self, name)]
         if len(given) != 1:
             raise ConfigError(
-                f"path, sources, prompts: give one of them, not {' and '.join(given) or 'none'}; rows to read are"
-                " data=jsonl data.path=…, prompts to answer first data=prompts data.prompts.path=…"
+                f"path, sources, prompts, random: give one of them, not {' and '.join(given) or 'none'}; rows to read"
+                " are data=jsonl data.path=…, prompts to answer first data=prompts data.prompts.path=…"
             )
         for name, value, choices in (
             ("loss_on", self.loss_on, ("assistant", "all")),

@@ -157,7 +157,7 @@ class Clover(Head):
         tokens_BT, documents_BT, depths = batch.tokens_BT, batch.documents_BT, range(1, self.config.num_heads + 1)
         wanted = [counted_targets(tokens_BT, batch.mask_BT, documents_BT, k + 1) for k in depths]
         target_KP, counted_KP = (torch.stack(t).flatten(1) for t in zip(*wanted, strict=True))
-        at_M = counted_KP.any(0).nonzero().squeeze(1)  # where any head learns
+        at_M, _ = self.places(counted_KP.any(0))  # where any head learns
         hidden_BTD = seen.hidden[self.spec.num_layers]
         start_MD = self.context(base, hidden_BTD, batch.positions_BT, batch.visible()).flatten(0, 1)[at_M]
         hidden_MD = start_MD
@@ -167,15 +167,18 @@ class Clover(Head):
             newest_BT, _ = future_tokens(tokens_BT, documents_BT, k if self.config.regressive else 1)
             before_MD = hidden_MD if self.config.regressive else start_MD
             hidden_MD = self.connect(base, k, before_MD, newest_BT.flatten()[at_M])
-            learns_M = counted_KP[k - 1, at_M]
-            where_N = at_M[learns_M]
+            learns_N, counted_N = self.places(counted_KP[k - 1, at_M])
+            where_N = at_M[learns_N]
             target_N = target_KP[k - 1, where_N]
             summed, best_N = linear_cross_entropy(
-                self.blocks[k - 1](hidden_MD[learns_M]),
+                self.blocks[k - 1](hidden_MD[learns_N]),
                 base.lm_head_weight,
                 target_N,
                 bias_V=base.lm_head_bias,
                 softcap=base.lm_head_softcap,
+                counted_N=counted_N,
+                measure=measure,
+                plain=self.plain_loss,
             )
             total = total + self.config.decay**k * summed
             sums.append(summed.detach())

@@ -180,7 +180,8 @@ class Clover2(Head):
         next_BT, _ = future_tokens(tokens_BT, documents_BT, 1)
         hidden_BTD = seen.hidden[self.spec.num_layers]
         states_PD = self.read(base, hidden_BTD, next_BT, batch.positions_BT, batch.visible()).flatten(0, 1)
-        at_M = taught.students_KN[taught.counted_KN].unique()  # where any depth learns
+        learns_KN = taught.counted_KN if self.skip_masked else torch.ones_like(taught.counted_KN)
+        at_M = taught.students_KN[learns_KN].unique()  # where any depth learns
         number_P = torch.zeros_like(tokens_BT).flatten()
         number_P[at_M] = torch.arange(len(at_M), device=at_M.device)
         state_MD, newest_M, outs = states_PD[at_M], None, []
@@ -197,7 +198,8 @@ class Clover2(Head):
         depths in a row are right given right ones before; floor, the least the sum can be."""
         config, final_PD = self.config, cast(Tensor, seen.final).detach().flatten(0, 1)
         ahead = range(1, config.num_heads + 1)
-        taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, ahead)
+        everywhere = not self.skip_masked
+        taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, ahead, everywhere=everywhere)
         out_KND = self.students(base, seen, batch, taught)
         teachers_ND = final_PD[taught.rows_N]
         soft = linear_soft_cross_entropy(
@@ -210,6 +212,7 @@ class Clover2(Head):
             top_k=config.teacher_top_k,
             softcap=base.lm_head_softcap,
             measure=measure,
+            plain=self.plain_loss,
         )
         aways = [
             feature_distance(out_ND[counted_N], teachers_ND[counted_N])

@@ -207,7 +207,8 @@ class Eagle3(Head):
         overlap/k (sum of min(p, q) over the draft vocabulary), floor, tokens_per_step."""
         depth, ids_V = self.config.depth, self.ids_V
         factors = [self.config.decay**s for s in range(depth)]
-        taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, range(1, depth + 1))
+        ahead, everywhere = range(1, depth + 1), not self.skip_masked
+        taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, ahead, everywhere=everywhere)
         final_PD = cast(Tensor, seen.final).flatten(0, 1)
         steps = zip(self.unroll(base, seen, batch), taught.students_KN, strict=True)
 
@@ -223,6 +224,7 @@ class Eagle3(Head):
             factors=factors,
             top_k=self.config.teacher_top_k,
             measure=measure,
+            plain=self.plain_loss,
         )
         metrics = {}
         if measure:

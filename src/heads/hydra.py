@@ -115,6 +115,7 @@ class Learning:
     rows_M: Tensor  # which of the batch's lessons
     at_M: Tensor  # t
     target_M: Tensor  # x_{t+1+k}
+    counted_M: Tensor  # whether it learns that: false only where skip_masked is
     hidden_MD: Tensor  # h_k
     dropped_MD: Tensor  # h_k as lm_head_k reads it
 
@@ -189,14 +190,16 @@ class Hydra(Head):
         bound_BT = self.config.noise_alpha * (lengths_BT * like_BTD.shape[-1]) ** -0.5
         return (torch.rand_like(like_BTD) * 2 - 1) * bound_BT[..., None].to(like_BTD.dtype)
 
-    def readings(self, base: BaseView, final_BTD: Tensor, batch: Batch, taught: Lessons) -> Iterator[Reading]:
-        """Of head 1, 2, …, as many as are taught."""
+    def readings(
+        self, base: BaseView, final_BTD: Tensor, batch: Batch, taught: Lessons, *, everywhere: bool = False
+    ) -> Iterator[Reading]:
+        """Of head 1, 2, …, as many as are taught; everywhere: of all lessons, also those that teach another head."""
         context_PD, embedded_PD = (t.flatten(0, 1) for t in self.inputs(base, final_BTD, batch))
         places_BT = torch.arange(batch.tokens_BT.numel(), device=batch.tokens_BT.device).view_as(batch.tokens_BT)
         ahead = []
         for k, (counted_N, students_N) in enumerate(zip(taught.counted_KN, taught.students_KN, strict=True), start=1):
             ahead.append(future_tokens(places_BT, batch.documents_BT, k)[0].flatten())  # t + 1, …, t + k
-            rows_M = counted_N.nonzero().squeeze(1)
+            rows_M = (counted_N | everywhere).nonzero().squeeze(1)
             at_M = students_N[rows_M]
             read_Mk = torch.stack([places_P[at_M] for places_P in ahead], 1)
             yield Reading(rows_M, at_M, context_PD[at_M], embedded_PD[read_Mk])
@@ -204,10 +207,11 @@ class Hydra(Head):
     def learnings(self, base: BaseView, final_BTD: Tensor, batch: Batch, taught: Lessons) -> list[Learning]:
         """Of head 1..K: where it learns, what, and what it says there."""
         found = []
-        for own in self.readings(base, final_BTD, batch, taught):
+        readings = self.readings(base, final_BTD, batch, taught, everywhere=not self.skip_masked)
+        for counted_N, own in zip(taught.counted_KN, readings, strict=True):
             hidden_MD = self.hidden(own.context_MD, own.drafted_MkD)
-            target_M = taught.gold_N[own.rows_M]
-            found.append(Learning(own.rows_M, own.at_M, target_M, hidden_MD, self.drop(hidden_MD)))
+            target_M, counted_M = taught.gold_N[own.rows_M], counted_N[own.rows_M]
+            found.append(Learning(own.rows_M, own.at_M, target_M, counted_M, hidden_MD, self.drop(hidden_MD)))
         return found
 
     def teach(
@@ -226,6 +230,7 @@ class Hydra(Head):
             factors=[self.config.teacher_weight] * len(lm_heads),
             top_k=self.config.teacher_top_k,
             measure=measure,
+            plain=self.plain_loss,
         )
 
     def loss(self, base: BaseView, seen: Capture, batch: Batch, *, measure: bool = True) -> LossOut:
@@ -233,7 +238,8 @@ class Hydra(Head):
         row's own token), overlap/k (chance that exact sampling accepts, where the base teaches); tokens_per_step,
         1 + how many depths in a row are right given right ones before; floor, the least the sum can be."""
         config, final_BTD = self.config, cast(Tensor, seen.final)
-        taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, range(1, config.num_heads + 1))
+        ahead, everywhere = range(1, config.num_heads + 1), not self.skip_masked
+        taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, ahead, everywhere=everywhere)
         final_ND = final_BTD.detach().flatten(0, 1)[taught.rows_N]
         learnings = self.learnings(base, final_BTD, batch, taught)
         total = final_BTD.new_zeros((), dtype=torch.promote_types(final_BTD.dtype, torch.float32))
@@ -248,13 +254,20 @@ class Hydra(Head):
             if config.lm_weight or soft is None:  # weight 0: for top1, and so that every parameter has a gradient
                 lm_head = cast(nn.Linear, self.lm_heads[k])
                 summed, best[k] = linear_cross_entropy(
-                    own.dropped_MD, lm_head.weight, own.target_M, bias_V=lm_head.bias
+                    own.dropped_MD,
+                    lm_head.weight,
+                    own.target_M,
+                    bias_V=lm_head.bias,
+                    counted_N=own.counted_M if everywhere else None,
+                    measure=measure,
+                    plain=self.plain_loss,
                 )
                 share = share + config.lm_weight * summed
             elif measure:
                 best[k] = soft.best_KN[k, own.rows_M]
             if config.reconstruction_weight:
-                away = feature_distance(own.hidden_MD, final_ND[own.rows_M])
+                learns_M = own.counted_M if everywhere else slice(None)
+                away = feature_distance(own.hidden_MD[learns_M], final_ND[own.rows_M][learns_M])
                 share = share + config.reconstruction_weight * away
             total, shares[k] = total + share, shares[k] + share.detach()
         metrics = self.measured(batch, learnings, shares, best, soft) if measure else {}
@@ -266,14 +279,14 @@ class Hydra(Head):
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
         run_P = torch.ones_like(batch.mask_BT.flatten(), dtype=torch.bool)  # every depth so far was right here
         in_a_row = torch.zeros_like(batch.counts_K[2])
-        positions = in_a_row + len(learnings[0].target_M)
+        positions = in_a_row + learnings[0].counted_M.sum()
         for k, own in enumerate(learnings):
-            n, right_M = in_a_row.new_tensor(len(own.target_M)), best[k] == own.target_M
+            n, right_M = own.counted_M.sum(), (best[k] == own.target_M) & own.counted_M
             metrics[f"loss/{k + 1}"] = (shares[k], n)
             metrics[f"top1/{k + 1}"] = (right_M.sum(), n)
             if soft is not None:
                 metrics[f"overlap/{k + 1}"] = (soft.overlaps_K[k], n)
-            run_P = run_P & torch.zeros_like(run_P).index_put((own.at_M,), right_M)
+            run_P = run_P & torch.zeros_like(run_P).index_put((own.at_M[own.counted_M],), right_M[own.counted_M])
             in_a_row = in_a_row + run_P.sum()
         metrics["tokens_per_step"] = (positions + in_a_row, positions)
         if soft is not None:

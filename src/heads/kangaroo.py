@@ -117,7 +117,8 @@ class Kangaroo(Head):
         overlap/1 (sum of min(p, q)), floor (the base's entropy), and tokens_per_step with the threshold's stop."""
         adapted_BTD = self.adapt(seen.hidden[self.exit_layer], batch.positions_BT, batch.visible())
         final_PD = cast(Tensor, seen.final).flatten(0, 1)
-        taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, [0])
+        everywhere = not self.skip_masked
+        taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, [0], everywhere=everywhere)
         out = linear_soft_cross_entropy(
             adapted_BTD.flatten(0, 1)[taught.students_KN],
             [base.lm_head_weight],
@@ -127,10 +128,11 @@ class Kangaroo(Head):
             top_k=self.config.teacher_top_k,
             softcap=base.lm_head_softcap,
             measure=measure,
+            plain=self.plain_loss,
         )
         metrics: dict[str, tuple[Tensor, Tensor]] = {}
         if measure:
-            n = batch.counts_K.new_tensor(len(taught.rows_N))
+            n = taught.counted_KN.sum()
             right_KN = out.best_KN == taught.gold_N
             metrics = {
                 "top1/1": (right_KN.sum(), n),

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,15 +131,18 @@ class Medusa(Head):
         in_a_row = torch.zeros_like(count)
         for k, weight in enumerate(self.config.weights, start=1):
             target_BT, counted_BT = counted_targets(batch.tokens_BT, batch.mask_BT, batch.documents_BT, k + 1)
-            where = counted_BT.reshape(-1).nonzero().squeeze(1)
+            where, counted_N = self.places(counted_BT)
             target_N = target_BT.reshape(-1)[where]
             hidden_ND = self.hidden(k, final_BTD.flatten(0, 1)[where])
             weight_VD, bias_V = self.projection(k, base)
-            summed, best_N = linear_cross_entropy(hidden_ND, weight_VD, target_N, bias_V=bias_V, softcap=self.cap(base))
+            how: dict[str, Any] = {"counted_N": counted_N, "measure": measure, "plain": self.plain_loss}
+            summed, best_N = linear_cross_entropy(
+                hidden_ND, weight_VD, target_N, bias_V=bias_V, softcap=self.cap(base), **how
+            )
             total = total + weight * summed
             if measure:
                 right_N = best_N == target_N
-                n = target_N.new_tensor(len(target_N))
+                n = counted_BT.sum()
                 metrics[f"loss/{k}"] = (summed.detach(), n)
                 metrics[f"top1/{k}"] = (right_N.sum(), n)
                 hits_BT = torch.zeros_like(run_BT).reshape(-1).index_put((where,), right_N).view_as(run_BT)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -66,15 +66,19 @@ class Medusa2(Medusa):
         """Medusa's metrics, and of the base with its adapter: loss/0, top1/0 (against the row's own token), and
         agreement/0 (sum of min(p, q) with the base without), floor."""
         heads = super().loss(base, seen, batch, measure=measure)
-        taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, [0])
+        taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, [0], everywhere=not self.skip_masked)
+        how: dict[str, Any] = {"measure": measure, "plain": self.plain_loss}
         own_ND = cast(Tensor, seen.final).flatten(0, 1)[taught.rows_N]
         weight_VD, bias_V, softcap = base.lm_head_weight, base.lm_head_bias, base.lm_head_softcap
         share = self.config.label_share
-        n = heads.count.new_tensor(len(taught.rows_N))
+        counted_N = None if self.skip_masked else taught.counted_KN[0]
+        n = taught.counted_KN.sum()
         total, metrics = heads.sum * self.config.coefficient(self.progress), dict(heads.metrics)
         first = total.new_zeros(())
         if share:
-            labelled, best_N = linear_cross_entropy(own_ND, weight_VD, taught.gold_N, bias_V=bias_V, softcap=softcap)
+            labelled, best_N = linear_cross_entropy(
+                own_ND, weight_VD, taught.gold_N, bias_V=bias_V, softcap=softcap, counted_N=counted_N, **how
+            )
             first = first + share * labelled
         if share < 1:
             original_ND = cast(Tensor, seen.original).flatten(0, 1)[taught.rows_N]
@@ -85,7 +89,7 @@ class Medusa2(Medusa):
                 taught.counted_KN,
                 biases=[bias_V],
                 softcap=softcap,
-                measure=measure,
+                **how,
             )
             first = first + (1 - share) * out.sum
             best_N = out.best_KN[0]

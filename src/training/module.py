@@ -52,6 +52,8 @@ class TrainModule(L.LightningModule):
         super().__init__()
         self.base = base
         self.heads = nn.ModuleDict(heads)
+        for head in heads.values():
+            head.plain_loss, head.skip_masked = settings.loss.impl == "plain", settings.loss.skip_masked
         self.settings, self.optimizer = settings, settings.optimizer
         self.steps, self.seed, self.resume = steps, seed, resume
         self.log_every = settings.trainer.log_every
@@ -99,11 +101,15 @@ class TrainModule(L.LightningModule):
         measure = self.measures(step)
         if part == 0:
             self._sums = {}
+            if not strategy.is_zero(
+                self.trainer
+            ):  # a fused loss forms gradients in its forward: not beside the old ones
+                self.zero_grad(set_to_none=True)
         losses = []
         bf16 = self.settings.trainer.precision == "bf16"  # Lightning does it too, but not under DeepSpeed
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
         with rekeyed(self.seed, step, part, self.global_rank, "base"):
-            seen = self._seen(batch)
+            seen = self.seen(batch)
         for name, head in self.each_head():
             head.progress = step / self.steps
             with rekeyed(self.seed, step, part, self.global_rank, name), autocast:
@@ -124,7 +130,7 @@ class TrainModule(L.LightningModule):
         with strategy.whole(self.trainer, self.trained().values()):
             for part, batch in enumerate(batches):
                 batch = batch.to(self.device)
-                seen = self._seen(batch)
+                seen = self.seen(batch)
                 for name, head in self.each_head():
                     with rekeyed(self.seed, "validation", part, self.global_rank, name):
                         out = head.loss(self.base, seen, batch, measure=True)
@@ -132,7 +138,7 @@ class TrainModule(L.LightningModule):
         self.train()
         return self._reduced() if self._sums else {}
 
-    def _seen(self, batch: Batch) -> Capture:
+    def seen(self, batch: Batch) -> Capture:
         """One base forward for all heads, computed as it will be in decoding."""
         needs = reduce(or_, (head.needs for _, head in self.each_head()), Needs())
         with torch.autocast(self.device.type, enabled=False):

@@ -130,6 +130,18 @@ class StrategyConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """How losses are computed, never what they are: a bench compares the ways."""
+
+    impl: str = "fused"  # fused: the logits of a few hundred rows at a time | plain: all of them at once, by autograd
+    skip_masked: bool = True  # False: positions that count for nothing are computed like any other
+
+    def __post_init__(self) -> None:
+        if self.impl not in ("fused", "plain"):
+            raise ConfigError(f"impl='{self.impl}': choose fused or plain")
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything about training that is neither the base, nor a head, nor the rows."""
 
@@ -138,6 +150,7 @@ class Settings:
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     optimizer_class: type
+    loss: LossConfig = LossConfig()
 
     def __post_init__(self) -> None:
         if self.strategy.name == "single" and self.world > 1:
@@ -149,11 +162,12 @@ class Settings:
 
     @classmethod
     def of(cls, cfg: Any) -> Settings:
-        """From the groups trainer, strategy, optimizer and scheduler of a verb's configuration."""
+        """From the groups trainer, strategy, optimizer, scheduler and loss of a verb's configuration."""
         return cls(
             config.typed(cfg.trainer, TrainerConfig, "trainer"),
             config.typed(cfg.strategy, StrategyConfig, "strategy"),
             config.typed(cfg.optimizer, OptimizerConfig, "optimizer"),
             config.typed(cfg.scheduler, SchedulerConfig, "scheduler"),
             config.target(cfg.optimizer, "optimizer"),
+            config.typed(cfg.loss, LossConfig, "loss"),
         )

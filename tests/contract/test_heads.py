@@ -357,6 +357,28 @@ def test_the_sum_is_that_of_its_rows(variant: Variant, make: Any) -> None:
 
 
 @every_head
+def test_the_plain_way_gives_the_same_loss_metrics_and_gradients(variant: Variant, make: Any) -> None:
+    """Whole logits, positions that count for nothing computed too: what a bench compares with is the same loss."""
+    base, head = make(variant)
+    batch, found = a_batch(head), []
+    head.eval()  # without noise, whose draws would differ
+    for plain in (False, True):
+        head.plain_loss, head.skip_masked = plain, not plain
+        out = loss_of(base, head, batch)
+        head.zero_grad()
+        out.sum.backward()
+        found.append((out, {name: p.grad for name, p in head.named_parameters() if p.grad is not None}))
+    (fused, own), (plainly, theirs) = found
+    torch.testing.assert_close(plainly.sum, fused.sum, rtol=1e-5, atol=1e-6)
+    assert int(plainly.count) == int(fused.count)
+    for name, pair in fused.metrics.items():
+        for a, b in zip(plainly.metrics[name], pair, strict=True):
+            torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for name, grad in own.items():
+        torch.testing.assert_close(theirs[name], grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@every_head
 def test_a_batch_with_nothing_to_learn_costs_nothing(variant: Variant, make: Any) -> None:
     base, head = make(variant)
     out = loss_of(base, head, a_batch(head, lambda document, t: False))
