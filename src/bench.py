@@ -16,7 +16,6 @@ from draftsmith import artifacts, comparing, config, prepare, train
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError, DataError
 from draftsmith.training.settings import Settings
-from draftsmith.training.timing import PARTS
 
 PLAIN = ("data.packing=false", "loss.impl=plain", "loss.skip_masked=false")
 STEP, KINDS = "step", ("faster", "cost", "floor", "memory")
@@ -78,7 +77,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         artifacts.write_json(run_dir / comparing.PEAK, {"extra": comparing.Steps(cfg, {}).peak()})
         return {}
     chosen = _chosen(cfg, own)
-    variants = {name: config.recompose("bench", overrides) for name, overrides in chosen.variants.items()}
+    variants = {name: config.changed(cfg, "bench", overrides) for name, overrides in chosen.variants.items()}
     import torch
 
     if threads := cfg.trainer.threads:
@@ -154,6 +153,8 @@ def _tell(
     peaks: Mapping[str, int],
     found: Mapping[str, list[float]],
 ) -> None:
+    from draftsmith.training.timing import PARTS
+
     wide = max(map(len, (*runs, *found)))
     parts = "".join(f"{name:>11}" for name in PARTS)
     prepare.say(f"{'ms, medians':<{wide}}{'step':>9}{'floor':>9}{parts}   MB")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from draftsmith import artifacts, config, prepare, train
 from draftsmith.data.settings import DataConfig
@@ -117,7 +117,9 @@ def peak_of(cfg: DictConfig) -> int:
     """`Steps.peak` of a configuration in a process of its own, which holds nothing else and gives large blocks back."""
     with tempfile.TemporaryDirectory() as folder:
         child = cfg.copy()
-        child.measure, child.run_dir, child.figures = True, folder, None
+        child.measure, child.run_dir = True, folder
+        with open_dict(child):
+            child.pop("figures", None)
         env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
         with config.as_job(child, "bench") as arguments:
             done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)

@@ -27,7 +27,7 @@ from typing import Any, NoReturn, TypeVar
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from draftsmith.artifacts import disk, fingerprint
@@ -148,10 +148,23 @@ def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
         raise ConfigError(_explain(e, verb)) from None
 
 
-def recompose(verb: str, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of the running command with more overrides, which win."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return compose(verb, [*given, *overrides])
+def changed(cfg: DictConfig, verb: str, overrides: Sequence[str]) -> DictConfig:
+    """A copy of a verb's configuration with these overrides on top: key=value, ~key, or another choice of a group."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    made = cfg.copy()
+    for text, one in zip(overrides, OverridesParser.create().parse_overrides(list(overrides)), strict=True):
+        key = one.key_or_group
+        if one.is_delete():
+            above, _, leaf = key.rpartition(".")
+            with open_dict(made):
+                del OmegaConf.select(made, above)[leaf]
+        elif resources.files("draftsmith.conf").joinpath(key).is_dir():
+            node = "heads" if key == "head" else key
+            made[node] = compose(verb, [text])[node]
+        else:
+            OmegaConf.update(made, key, one.value(), force_add=False)
+    return made
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:

@@ -331,3 +331,14 @@ def test_configuration_needs_no_heavy_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_changed_configuration_is_what_its_overrides_would_compose() -> None:
+    before = config.compose("train", ["seed=3", "head=[medusa,hydra]"])
+    made = config.changed(
+        before, "train", ["head=[kangaroo]", "heads.kangaroo.depth=2", "base=small", "data.packing=false"]
+    )
+    want = ["seed=3", "head=[kangaroo]", "heads.kangaroo.depth=2", "base=small", "data.packing=false"]
+    assert made == config.compose("train", want)
+    assert list(config.changed(before, "train", ["~heads.hydra"]).heads) == ["medusa"]
+    assert list(before.heads) == ["medusa", "hydra"]  # a copy

@@ -1,5 +1,6 @@
 """The chunked cross-entropy against the plain one on whole logits."""
 
+import weakref
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -150,6 +151,50 @@ def test_default_chunk_bounds_the_logits() -> None:
     with Largest() as seen:
         linear_cross_entropy(x, w.requires_grad_(), target)
     assert seen.elements <= CHUNK_LOGITS < n * v
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of tensors that existed at one time, of those made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most = 0, 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        held = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, Tensor) and (key := t.untyped_storage()._cdata) not in self.known | held:
+                size = t.untyped_storage().nbytes()
+                self.known.add(key)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(t.untyped_storage(), self.gone, key, size)
+        return out
+
+    def gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def extra(n: int, v: int, rows: int) -> int:
+    """Bytes at the peak of a loss and its gradients, without what has the size of the hidden states or the weights."""
+    d = 16
+    x, w, b, target = inputs(n, d, v, dtype=torch.float32)
+    x, w, b = leaves((x, w, b), (True, True, True))
+    with Live() as seen:
+        value, _ = linear_cross_entropy(x, w, target, bias_V=b, rows=rows)
+        value.backward()
+    return seen.most - 4 * (x.numel() + w.numel() + b.numel()) - 8 * n
+
+
+def test_memory_is_flat_in_tokens_and_vocabulary() -> None:
+    """At a fixed chunk of logits, beyond weights, hidden states and their gradients."""
+    one = extra(4096, 512, rows=256)
+    assert one >= 4 * 256 * 512
+    assert extra(8192, 512, rows=256) == pytest.approx(one, rel=0.05)
+    assert extra(4096, 1024, rows=128) == pytest.approx(one, rel=0.05)
 
 
 def test_a_second_backward_is_never_silently_wrong() -> None:

@@ -197,3 +197,16 @@ def test_every_measured_row_once_over_all_processes(rows: list[Row], world: int,
     total_K = sum((count_targets(b.mask_BT, b.documents_BT, HORIZON) for b in every), torch.zeros_like(counts_K))
     assert torch.equal(total_K, counts_K)
     assert all(b.tokens_BT.shape == (batch_size, LENGTH) for b in every)
+
+
+def test_without_packing_a_sequence_holds_one_row(rows: list[Row]) -> None:
+    """As many targets as packed, all rows once per epoch, the rest of each sequence padding."""
+    how: dict[str, Any] = {"length": LENGTH, "accumulate": 1, "horizon": 3, "seed": 0}
+    apart = Steps(rows, batch_size=len(rows), packing=False, **how)
+    assert sorted(apart.packs(0)) == [[n] for n in range(len(rows))]
+    assert apart.packs(0) != apart.packs(1)
+    together = Steps(rows, batch_size=1, **how)
+    packed = [together[m] for m in range(len(together.packs(0)))]
+    assert torch.equal(apart[0].counts_K, sum(batch.counts_K for batch in packed))
+    assert int((apart[0].documents_BT >= 0).sum()) == sum(len(row.ids) for row in rows)
+    assert int(apart[0].documents_BT.max()) == 0
