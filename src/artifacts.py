@@ -96,15 +96,16 @@ def replace(temporary: Path, target: Path) -> None:
     _sync(target.parent)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], **told: str) -> None:
-    """A safetensors file of contiguous, unshared tensors, and what its header tells beside them. A full disk is a
-    ResourceError here too: safetensors reports the operating system's refusal as an error of its own."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: Mapping[str, str] | None = None) -> None:
+    """A safetensors file of contiguous, unshared tensors. told: what its header tells beside them; with more than one
+    entry equal content need not be equal bytes (safetensors shuffles them). A full disk is a ResourceError here too:
+    safetensors reports the operating system's refusal as an error of its own."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with disk(path, path.name):
         try:
-            save_file(dict(tensors), path, metadata={"format": "pt", **told})
+            save_file(dict(tensors), path, metadata=dict(told or {"format": "pt"}))
         except SafetensorError as e:
             if "os error" not in str(e):
                 raise

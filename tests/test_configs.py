@@ -17,6 +17,7 @@ from draftsmith.contracts import BaseSpec, Head
 from draftsmith.data.labels import LabelsConfig
 from draftsmith.data.prompts import PromptsConfig
 from draftsmith.data.settings import DataConfig
+from draftsmith.data.store import StoreConfig
 from draftsmith.decoding.certificate import CertificateConfig
 from draftsmith.decoding.company import BaselinesConfig
 from draftsmith.decoding.gates import KINDS, GateConfig
@@ -52,6 +53,7 @@ OWN: dict[tuple[str, str], type] = {
     ("tune", "prompts"): PromptsConfig,
     ("bakeoff", "selection"): PromptsConfig,
     ("bakeoff", "prompts"): PromptsConfig,
+    ("capture", "store"): StoreConfig,
     ("label", "labels"): LabelsConfig,
     ("bench", "base"): bench.ShapeConfig,
     ("bench", "data"): bench.ChatsConfig,

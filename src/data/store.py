@@ -139,6 +139,11 @@ def shard_name(number: int) -> str:
     return f"captures-{number:05d}.safetensors"
 
 
+def mark(plan: Mapping[str, Any], number: int) -> str:
+    """What the header of a shard tells of whose it is."""
+    return f"{fingerprint(plan)} {number}"
+
+
 def compress(name: str, x_PD: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """x as a store keeps it: as it is, or over a scale per position."""
     if dtype not in LARGEST:
@@ -257,7 +262,7 @@ def open_store(folder: Path, base: Mapping[str, Any], spec: BaseSpec, dtype: tor
         if path.name not in named:
             raise DataError(f"{path}: is not in {artifacts.MANIFEST}; capture again")
         tensors, told = mapped(path)
-        if told.get("plan") != fingerprint(plan) or told.get("shard") != str(number):
+        if told.get("store") != mark(plan, number):
             raise DataError(f"{path}: belongs to another store, of another base or other rows; capture again")
         for name, (of, shape) in kept.columns().items():
             have = (tensors[name].dtype, tuple(tensors[name].shape)) if name in tensors else None

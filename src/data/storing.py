@@ -183,7 +183,7 @@ class Job:
             litter.unlink(missing_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            artifacts.write_tensors(temporary, made, plan=artifacts.fingerprint(self.plan), shard=str(number))
+            artifacts.write_tensors(temporary, made, {"store": store.mark(self.plan, number)})
             with artifacts.disk(path, path.name):
                 artifacts.replace(temporary, path)
         finally:
