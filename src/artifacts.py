@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # a mistyped key must answer at once: torch is imported where
 MANIFEST = "manifest.json"
 SEALED = {"bytes", "sha256"}  # what the manifest says of each file
 RENAME_EXCHANGE = 2
+READERS = 8  # files hashed at a time
 
 
 def fingerprint(value: Any) -> str:
@@ -94,15 +96,16 @@ def replace(temporary: Path, target: Path) -> None:
     _sync(target.parent)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file of contiguous, unshared tensors. A full disk is a ResourceError here too: safetensors
-    reports the operating system's refusal as an error of its own."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: Mapping[str, str] | None = None) -> None:
+    """A safetensors file of contiguous, unshared tensors. told: what its header tells beside them; with more than one
+    entry equal content need not be equal bytes (safetensors shuffles them). A full disk is a ResourceError here too:
+    safetensors reports the operating system's refusal as an error of its own."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with disk(path, path.name):
         try:
-            save_file(dict(tensors), path, metadata={"format": "pt"})
+            save_file(dict(tensors), path, metadata=dict(told or {"format": "pt"}))
         except SafetensorError as e:
             if "os error" not in str(e):
                 raise
@@ -170,8 +173,10 @@ def verify(folder: Path | str, *, manifest: str = MANIFEST) -> dict[str, Any]:
         size = path.stat().st_size
         if size != want["bytes"]:
             raise DataError(f"{path}: {size} bytes, {manifest} says {want['bytes']}")
-        if file_sha256(path) != want["sha256"]:
-            raise DataError(f"{path}: content differs from the sha256 in {manifest}")
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter's lock
+        for name, found in zip(files, pool.map(lambda name: file_sha256(folder / name), files), strict=True):
+            if found != files[name]["sha256"]:
+                raise DataError(f"{folder / name}: content differs from the sha256 in {manifest}")
     return facts
 
 

@@ -11,6 +11,7 @@ VERBS = {
     "doctor": "what is wrong with the environment, the rows or the base, before anything is spent on them",
     "distill": "prompts -> rows, written by the base itself",
     "label": "per-token labels for gates: accepted drafts, or tokens that matter",
+    "capture": "rows -> a store: what the base leaves for heads, on disk",
     "train": "rows -> heads, on the frozen base",
     "evaluate": "tokens per step, speed, and proof that the output is the base's own",
     "tune": "the tree of a drafter, or the threshold of a gate, for this machine, stored with it",

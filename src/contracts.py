@@ -8,6 +8,7 @@ Glossary
     primer      the role of writing the prompt's K/V in the base's place
     companion   a second, smaller language model with the base's tokenizer
     capture     what one forward of the base leaves for heads: hidden states, logits
+    store       captures on disk
     row         one conversation on disk: token ids, loss mask, provenance
     proposal    the drafted tree of tokens; its node 0 is the root
     root        the newest emitted token: the base has chosen it but not yet read it
@@ -28,7 +29,7 @@ the K/V including this forward's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -76,7 +77,8 @@ class Needs:
     """What a head wants from one base forward. `hidden` uses the layer convention of this module.
 
     adapter: the head trains an adapter of the base with it, so that gradients flow through the capture.
-    original: also `final` of the base without its adapter.
+    original: also `final` of the base without its adapter. teacher: the base's distribution of the next token teaches,
+    by `final` through its lm_head, or by `likeliest` where a store kept only those.
     """
 
     hidden: frozenset[int] = frozenset()
@@ -84,35 +86,56 @@ class Needs:
     logits: bool = False
     adapter: bool = False
     original: bool = False
+    teacher: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         flags = {k: v or getattr(other, k) for k, v in vars(self).items() if k != "hidden"}
         return Needs(self.hidden | other.hidden, **flags)
 
+    def beyond(self, seen: Capture) -> Needs:
+        """What of it a capture does not hold."""
+        held = {k: getattr(seen, k) is not None for k in ("final", "logits", "original")}
+        held["teacher"] = seen.likeliest is not None or held["final"]
+        flags = {k: v and not held.get(k, False) for k, v in vars(self).items() if k != "hidden"}
+        return Needs(self.hidden - seen.hidden.keys(), **flags)
+
 
 @dataclass
 class Capture:
-    """What one base forward left; exactly what the Needs asked for, nothing else.
+    """What one base forward left; exactly what the Needs asked for, nothing else, except where a store kept more.
 
-    hidden: layer -> [B, T, D]; final: [B, T, D]; logits: [B, T, V]; original: [B, T, D].
+    hidden: layer -> [B, T, D]; final: [B, T, D]; logits: [B, T, V]; original: [B, T, D]. likeliest: of a store, the k
+    likeliest next tokens, best first: (ids_BTk, their logits_BTk, up to one number per position).
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     final: Tensor | None = None
     logits: Tensor | None = None
     original: Tensor | None = None
+    likeliest: tuple[Tensor, Tensor] | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Capture:
+        """The capture with every tensor changed."""
+        hidden = {layer: change(h) for layer, h in self.hidden.items()}
+        rest = [None if t is None else change(t) for t in (self.final, self.logits, self.original)]
+        likeliest = self.likeliest and (change(self.likeliest[0]), change(self.likeliest[1]))
+        return Capture(hidden, rest[0], rest[1], rest[2], likeliest)
 
     def row(self, row: int) -> Capture:
         """One row's, with a B axis of 1."""
-        rest = (self.final, self.logits, self.original)
-        hidden = {layer: h[row : row + 1] for layer, h in self.hidden.items()}
-        return Capture(hidden, *(None if t is None else t[row : row + 1] for t in rest))
+        return self.each(lambda t: t[row : row + 1])
 
     def at(self, positions_A: Tensor) -> Capture:
         """The same capture at these positions of the T axis, in their order."""
-        hidden = {layer: h.index_select(1, positions_A) for layer, h in self.hidden.items()}
-        rest = (self.final, self.logits, self.original)
-        return Capture(hidden, *(None if t is None else t.index_select(1, positions_A) for t in rest))
+        return self.each(lambda t: t.index_select(1, positions_A))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Capture:
+        return self.each(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def __or__(self, other: Capture) -> Capture:
+        """Both; what both have is this one's."""
+        flags = {k: v if v is not None else getattr(other, k) for k, v in vars(self).items() if k != "hidden"}
+        return Capture({**other.hidden, **self.hidden}, **flags)
 
 
 class KV(Protocol):
@@ -257,6 +280,7 @@ class Batch:
     none; only rows that draftsmith label wrote have them.
     counts_K[k]: how many counted targets x_{t+k} lie in the same document as t, summed over the *whole
     global step* (all ranks, all micro-batches): the normaliser that makes accumulation exact.
+    seen: what a store kept of its capture; the base is asked for the rest.
     """
 
     tokens_BT: Tensor
@@ -265,6 +289,7 @@ class Batch:
     mask_BT: Tensor
     counts_K: Tensor
     labels_BT: Tensor | None = None
+    seen: Capture | None = None
 
     def visible(self) -> Tensor:
         """mask_BTT: what each position may attend to: its own document, up to itself. (Padding sees padding,
@@ -274,7 +299,8 @@ class Batch:
         return same_BTT.tril()
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()})  # type: ignore[arg-type]
+        moved: dict[str, Any] = {k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()}
+        return Batch(**moved)
 
 
 @dataclass
@@ -370,6 +396,11 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def horizon(self) -> int:
         """The largest k for which the loss looks at x_{t+k}."""
+
+    @property
+    def reads_counted(self) -> bool:
+        """Whether its loss looks at the capture only where it predicts a counted target: elsewhere it may be NaN."""
+        return False
 
     @abstractmethod
     def initialise(self, base: BaseView, counts_V: Tensor | None = None) -> None:

@@ -44,7 +44,7 @@ def cross_entropy(
 def soft_cross_entropy(
     x_KND: Tensor,
     weights: Sequence[Tensor],
-    teacher: Callable[[int, int], tuple[Tensor, Tensor | None]],
+    teacher: Callable[[int, int], tuple[Tensor, Tensor | None] | tuple[Tensor, None, Tensor]],
     counted_KN: Tensor,
     biases: Sequence[Tensor | None],
     factors: Sequence[float],
@@ -55,8 +55,10 @@ def soft_cross_entropy(
     """The fields of losses.SoftOut, from whole logits of the teacher and of every student."""
     exact = torch.promote_types(x_KND.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(x_KND.device.type, enabled=False):
-        taught_NV, kept_N = teacher(0, x_KND.shape[1])
-        values_NT, ids_NT = (taught_NV, None) if top_k is None else taught_NV.topk(min(top_k, taught_NV.shape[1]), -1)
+        taught_NV, kept_N, *given = teacher(0, x_KND.shape[1])
+        values_NT, ids_NT = taught_NV[:, :top_k], given[0][:, :top_k] if given else None
+        if top_k is not None and not given:
+            values_NT, ids_NT = taught_NV.topk(min(top_k, taught_NV.shape[1]), -1)
         p_NT = values_NT.softmax(-1, dtype=exact)
         entropy_N = torch.special.entr(p_NT).sum(-1)
     total, sums, floors, overlaps, best, chance = x_KND.new_zeros((), dtype=exact), [], [], [], [], []

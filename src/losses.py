@@ -17,9 +17,9 @@ from draftsmith import eager_losses
 
 CHUNK_LOGITS = 2**21  # logits alive at a time; 256 rows at V = 8192 was the fastest chunk measured on a CPU
 
-Teacher = Callable[[int, int], tuple[Tensor, Tensor | None]]
+Teacher = Callable[[int, int], tuple[Tensor, Tensor | None] | tuple[Tensor, None, Tensor]]
 """(start, stop) -> logits [n, V] of rows start..stop-1 without gradient, and which of them teach at all ([n] bool;
-None: all)."""
+None: all); or the logits of each row's T likeliest tokens, best first, None, and their ids [n, T]."""
 
 
 def _chunk_rows(vocab_size: int) -> int:
@@ -186,9 +186,12 @@ def _take(t: Tensor, rows_m: Tensor) -> Tensor:
     return t if rows_m.shape[0] == t.shape[0] else t[rows_m]
 
 
-def _teach(logits_nV: Tensor, top_k: int | None, dtype: torch.dtype, measure: bool) -> _Taught:
-    ids_nT = None
-    if top_k is not None and top_k < logits_nV.shape[1]:
+def _teach(
+    logits_nV: Tensor, top_k: int | None, dtype: torch.dtype, measure: bool, ids_nT: Tensor | None = None
+) -> _Taught:
+    if ids_nT is not None:
+        logits_nV, ids_nT = logits_nV[:, :top_k], ids_nT[:, :top_k]
+    elif top_k is not None and top_k < logits_nV.shape[1]:
         logits_nV, ids_nT = logits_nV.topk(top_k, -1)
     p_nT = logits_nV.softmax(-1, dtype=dtype)
     return _Taught(p_nT, ids_nT, torch.special.entr(p_nT).sum(-1) if measure else None)
@@ -239,8 +242,8 @@ class _SoftPass:
         plan = self.plan
         for start, stop, counted in _counted_chunks(plan.counted_KN, plan.rows):
             with torch.autocast(self.x_KND.device.type, enabled=False):  # the base as it is in decoding
-                logits_nV, kept_n = plan.teacher(start, stop)
-            taught = _teach(logits_nV, plan.top_k, self.dtype, plan.measure)
+                logits_nV, kept_n, *ids = plan.teacher(start, stop)
+            taught = _teach(logits_nV, plan.top_k, self.dtype, plan.measure, *ids)
             del logits_nV  # else the teacher's logits live beside each student's
             for k, at_m in enumerate(counted):
                 if kept_n is not None and not plan.measure:

@@ -35,6 +35,11 @@ def is_rows(path: str | Path | None) -> bool:
     return bool(path) and sources.published_as(Path(str(path))) == "rows"
 
 
+def is_store(path: str | Path | None) -> bool:
+    """Whether this is a published store."""
+    return bool(path) and sources.published_as(Path(str(path))) == "store"
+
+
 def check_labels(data: DataConfig, base: BaseLM, companion: BaseLM) -> None:
     """DataError unless data.path, and data.validation.path if given, are folders of acceptance labels of this base and
     this companion, and nothing else is learned."""
@@ -69,6 +74,8 @@ def check(data: DataConfig, *, labels: bool = False) -> None:
     for source in [*data.chosen.values(), *([own] if own else [])]:
         if source.path and (Path(source.path) / journal.ASKED).is_dir() and not is_rows(source.path):
             raise DataError(f"{source.path}: its rows are not complete; start that draftsmith distill again first")
+        if source.path and any(Path(source.path).glob("captures-*")) and not is_store(source.path):
+            raise DataError(f"{source.path}: its captures are not complete; start that draftsmith capture again first")
         sources.check(source, labels=labels)
 
 
@@ -81,7 +88,8 @@ def content(data: DataConfig) -> dict[str, str | None]:
 
 
 def _content(source: SourceConfig) -> str | None:
-    return prepare.content_sha256(source.path) if is_rows(source.path) else sources.content_sha256(source)
+    ours = is_rows(source.path) or is_store(source.path)
+    return prepare.content_sha256(source.path) if ours else sources.content_sha256(source)
 
 
 def collect(prompts: PromptsConfig, exclude: frozenset[str] = frozenset()) -> list[Record]:
@@ -100,8 +108,8 @@ def asked_of(data: DataConfig) -> list[Record] | None:
     """What was asked for a run's rows; None where its folder does not say."""
     if data.prompts is not None and data.prompts.made_up:
         return make_up(data.prompts)
-    if data.path and is_rows(data.path):
-        folder = Path(data.path)
+    if data.path and (is_rows(data.path) or is_store(data.path)):
+        folder = Path(data.path) / ("rows" if is_store(data.path) else "")
         return [r for _, r in journal.read_asked(folder)] if (folder / journal.ASKED).is_dir() else None
     try:
         with funnel.Funnel(Path(os.devnull)) as counted:
@@ -115,6 +123,8 @@ def rows_of(data: DataConfig, base: BaseLM, whole: Callable[[], BaseLM] | None =
     not there. whole: loads the base that answers, where this one lies in pieces."""
     if data.path and sources.published_as(Path(data.path)) in ("rows", "labels"):
         return Path(data.path)
+    if is_store(data.path):
+        return Path(str(data.path)) / "rows"
     key = {
         "base": {k: v for k, v in dataclasses.asdict(base.spec).items() if k != "path"},
         "content": content(data),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, config, prepare, supply
+from draftsmith import artifacts, config, prepare, stored, supply
 from draftsmith.beside import Beside, told
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError, DataError, NumericsError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM
     from draftsmith.contracts import Head
     from draftsmith.data.importing import Chosen
+    from draftsmith.data.store import Store
 
 FEW_STEPS = 50  # the quickstart's head is useful after about a hundred
 
@@ -131,9 +132,11 @@ def _run(
         prepare.say("note: the adapter learns beside heads that know nothing yet; start_from names trained ones")
     ties = {"base": " ".join([before, base.spec.adapter_sha256]).strip(), "rows": chosen_rows.training.sha256()}
     others = {name: told(other, cfg.drafter) for name, other in besides.items() if other is not None}
+    store = stored.of(data, base, heads, chosen_rows, cfg.seed)
+    ties |= {} if store is None else {"store": str(prepare.content_sha256(data.path))}
     ties |= {f"beside {name}": other["sha256"] for name, other in others.items()}
     how: dict[str, Any] = {"seed": cfg.seed, "ties": ties, "deepspeed": engine, "watch": watch}
-    _fit(base, heads, chosen_rows, data, run_dir, settings, how)
+    _fit(base, heads, chosen_rows, data, run_dir, settings, store, how)
     after = base.weights_sha256()
     processes.together(lambda: _unchanged(before, after))
     if processes.is_first():
@@ -266,9 +269,10 @@ def _fit(
     data: DataConfig,
     run_dir: Path,
     settings: Settings,
+    store: Store | None,
     how: dict[str, Any],
 ) -> None:
-    """how: the rest of fit.fit's arguments."""
+    """store: the rows' captures. how: the rest of fit.fit's arguments."""
     from draftsmith.data.module import RowsModule, Steps
     from draftsmith.exporters import native
     from draftsmith.training import fit
@@ -281,6 +285,7 @@ def _fit(
         "horizon": max(head.horizon for head in heads.values()),
         "seed": how["seed"],
         "packing": data.packing,
+        "store": store,
     }
     weights_N = rows.weights_N
     stream = Steps(rows.training, weights_N=weights_N, world=trainer.devices * trainer.num_nodes, **layout)
@@ -303,7 +308,8 @@ def _fit(
 
     def serve(start: int, stop: int) -> RowsModule:
         more: dict[str, Any] = {"weights_N": weights_N, "measured": rows.validation, "num_workers": data.num_workers}
-        return RowsModule(rows.training, start=start, stop=stop, **more, **layout)
+        own = None if data.validation.path else store  # rows of another folder are not in the store
+        return RowsModule(rows.training, start=start, stop=stop, measured_store=own, **more, **layout)
 
     every = data.validation.every if len(rows.validation) else None
     fit.fit(base, heads, serve, run_dir=run_dir, steps=steps, settings=settings, validate_every=every, **how)

@@ -17,6 +17,7 @@ from draftsmith.contracts import BaseSpec, Head
 from draftsmith.data.labels import LabelsConfig
 from draftsmith.data.prompts import PromptsConfig
 from draftsmith.data.settings import DataConfig
+from draftsmith.data.store import StoreConfig
 from draftsmith.decoding.certificate import CertificateConfig
 from draftsmith.decoding.company import BaselinesConfig
 from draftsmith.decoding.gates import KINDS, GateConfig
@@ -61,6 +62,7 @@ OWN: dict[tuple[str, str], type] = {
     ("tune", "prompts"): PromptsConfig,
     ("bakeoff", "selection"): PromptsConfig,
     ("bakeoff", "prompts"): PromptsConfig,
+    ("capture", "store"): StoreConfig,
     ("label", "labels"): LabelsConfig,
     ("bench", "loss"): LossConfig,
     ("bench_data", "bench"): bench_data.BenchDataConfig,

@@ -196,6 +196,8 @@ class BaseLM:
         Stops after the last block that is needed: with a K/V, the blocks above keep their older length. `entered`
         begins with that forward's residual stream instead of the embedding, at the block above it.
         """
+        if needs.teacher:  # the base itself teaches by what its lm_head reads
+            needs = dataclasses.replace(needs, final=True, teacher=False)
         if needs.original:
             with lora.switched_off(self.model), torch.no_grad():
                 original = self._capture(Needs(final=True), tokens_BQ, positions_BQ, mask_BQS, None, None).final

@@ -48,6 +48,14 @@ def keyed(records: Iterable[Record]) -> list[Item]:
     return items
 
 
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Waits until no other process is in here."""
+    with artifacts.disk(out, "a lock"), open(out / ".seal.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def publish_asked(out: Path, records: Iterable[Record], quarantine: Path | None, **facts: Any) -> None:
     """Writes out/asked: from now on the job is these records, whatever becomes of their source."""
     with artifacts.publish(out / ASKED, kind="asked", **facts) as temporary:
@@ -237,7 +245,7 @@ class Job:
     def bind(self, name: str, value: str) -> None:
         """Notes in served.json that the job's answers come from this, for all its processes and runs. ConfigError
         if it was noted otherwise before."""
-        with self._alone():
+        with alone(self.out):
             bound = self._bound()
             if name not in bound:
                 artifacts.write_json(self.out / SERVED, {**bound, name: value})
@@ -253,13 +261,6 @@ class Job:
         if not isinstance(bound, dict):
             raise DataError(f"{path}: is no JSON object; it is damaged")
         return bound
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Waits until no other process is in here."""
-        with artifacts.disk(self.out, "a lock"), open(self.out / ".seal.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
     def fail(self, key: str, why: str) -> None:
         """`key` got no answer this time; its shard stays open for the next run."""
@@ -279,7 +280,7 @@ class Job:
         """Marks the folder complete once every process's shards are there; False before. Whichever process is
         last does it. DataError unless the rows and the quarantine are, together, exactly what was asked. What was
         bound goes into the manifest, under `served`."""
-        with self._alone():
+        with alone(self.out):
             if artifacts.is_complete(self.out):
                 return True
             if not all(shard.path.exists() for shard in self.shards):

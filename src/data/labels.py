@@ -205,12 +205,12 @@ def logits(
 # --- a folder of labels, shard by shard
 
 
-def claim(out: Path, plan: Mapping[str, Mapping[str, Any]]) -> None:
+def claim(out: Path, plan: Mapping[str, Mapping[str, Any]], what: str = "labels") -> None:
     """Writes out/plan.json, or checks that the one there is the same job; another one is refused, key by key."""
     path = out / PLAN
     if not path.is_file():
-        if artifacts.is_complete(out) or any(out.glob("rows-*")):
-            raise ConfigError(f"out: {out} holds something else than labels; choose another folder")
+        if artifacts.is_complete(out) or any(out.glob("rows-*")) or any(out.glob("captures-*")):
+            raise ConfigError(f"out: {out} holds something else than {what}; choose another folder")
         artifacts.write_json(path, plan)
         return
     theirs = artifacts.read_json(path)
@@ -219,7 +219,7 @@ def claim(out: Path, plan: Mapping[str, Mapping[str, Any]]) -> None:
     ]
     changed = [f"{key}: {str(old)[:12]} -> {str(new)[:12]}" for key, old, new in both if old != new]
     if changed:
-        raise ConfigError(f"out: {out} holds labels of another job ({', '.join(changed)}); choose another folder")
+        raise ConfigError(f"out: {out} holds {what} of another job ({', '.join(changed)}); choose another folder")
 
 
 def label_folder(

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from draftsmith.contracts import Batch
 from draftsmith.data.pack import best_fit, collate, epoch_packs
 from draftsmith.data.rows import Row, Rows
+from draftsmith.data.store import Store
 from draftsmith.errors import DataError
 
 
@@ -27,7 +29,7 @@ class Steps(Dataset):
 
     A global step holds world * accumulate * batch_size packs, consecutive in the endless stream of epochs;
     process r takes every world-th of them, so that every world size sees the same global steps.
-    weights_N: how often each row is seen per epoch; once where it is left out.
+    weights_N: how often each row is seen per epoch; once where it is left out. store: the rows' captures.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class Steps(Dataset):
         seed: int,
         weights_N: np.ndarray | None = None,
         packing: bool = True,
+        store: Store | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.packing = packing
+        self.packing, self.store = packing, store
         self.rows, self.length, self.seed = Rows.of(rows), length, seed
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
         self.weights_N = np.ones(len(rows)) if weights_N is None else weights_N
@@ -91,11 +94,43 @@ class Steps(Dataset):
         per_part = self.batch_size * self.world
         mine = everyone[part * per_part : (part + 1) * per_part][self.rank :: self.world]
         counts_K = self.counts_NK[[n for pack in everyone for n in pack]].sum(0)
-        return collate([[self.rows[n] for n in pack] for pack in mine], self.length, counts_K)
+        return served(self.rows, mine, self.length, counts_K, self.store)
+
+
+def served(
+    rows: Rows, packs: Sequence[Sequence[int]], length: int, counts_K: torch.Tensor, store: Store | None
+) -> Batch:
+    """The micro-batch of these packs of row numbers, with what a store kept of it."""
+    batch = collate([[rows[n] for n in pack] for pack in packs], length, counts_K)
+    if store is not None:
+        batch.seen = store.seen_of(rows, packs, length)
+    return batch
+
+
+class Ahead(Dataset):
+    """The same micro-batches; while one is used, a thread reads the next. In a loader's worker, which runs ahead by
+    itself, there is no thread."""
+
+    def __init__(self, steps: Steps, stop: int) -> None:
+        self.steps, self.stop = steps, stop
+        self._pool: ThreadPoolExecutor | None = None
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def __getitem__(self, m: int) -> Batch:
+        if get_worker_info() is not None:
+            return self.steps[m]
+        self._pool = self._pool or ThreadPoolExecutor(1)
+        waiting, self._next = self._next, None
+        found = waiting[1] if waiting and waiting[0] == m else self._pool.submit(self.steps.__getitem__, m)
+        batch = found.result()
+        if m + 1 < self.stop:
+            self._next = (m + 1, self._pool.submit(self.steps.__getitem__, m + 1))
+        return batch
 
 
 class RowsModule(L.LightningDataModule):
-    """Serves the micro-batches of steps start..stop-1; rank and world are read when the loader is made."""
+    """Serves the micro-batches of steps start..stop-1; rank and world are read when the loader is made. store: the
+    rows' captures; measured_store: those of the measured rows."""
 
     def __init__(
         self,
@@ -112,8 +147,11 @@ class RowsModule(L.LightningDataModule):
         packing: bool = True,
         measured: Sequence[Row] = (),
         num_workers: int = 0,
+        store: Store | None = None,
+        measured_store: Store | None = None,
     ) -> None:
         super().__init__()
+        self.measured_store = measured_store
         self.measured = Rows.of(measured)
         self.rows, self.start, self.stop, self.num_workers = rows, start, stop, num_workers
         self.shape: dict[str, Any] = {
@@ -124,6 +162,7 @@ class RowsModule(L.LightningDataModule):
             "seed": seed,
             "weights_N": weights_N,
             "packing": packing,
+            "store": store,
         }
 
     def _place(self) -> tuple[int, int]:
@@ -141,14 +180,14 @@ class RowsModule(L.LightningDataModule):
         packs = best_fit(self.measured.lengths_N.tolist(), length)
         counts_K = torch.from_numpy(self.measured.counts(self.shape["horizon"]).sum(0))
         packs += [[]] * (-len(packs) % (size * world))
-        mine = [[self.measured[n] for n in pack] for pack in packs[rank::world]]
+        mine = packs[rank::world]
         for at in range(0, len(mine), size):
-            yield collate(mine[at : at + size], length, counts_K)
+            yield served(self.measured, mine[at : at + size], length, counts_K, self.measured_store)
 
     def train_dataloader(self) -> DataLoader:
-        a = self.shape["accumulate"]
+        a, steps = self.shape["accumulate"], self.steps()
         return DataLoader(
-            self.steps(),
+            steps if steps.store is None else Ahead(steps, self.stop * a),
             batch_size=None,
             sampler=range(self.start * a, self.stop * a),
             num_workers=self.num_workers,

@@ -49,7 +49,7 @@ def save(folder: Path, head: Head, *, name: str, adapter: Any = None) -> Path:
         "base": dataclasses.asdict(head.spec),
         "needs": {
             "hidden": sorted(head.needs.hidden),
-            "final": head.needs.final,
+            "final": head.needs.final or head.needs.teacher,
             "logits": head.needs.logits,
             "convention": "hidden[l] leaves block l-1 (0 = embeddings), before the final norm; final is after it",
         },

@@ -6,13 +6,14 @@ H attention heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draftsmith.contracts import KV, BaseSpec, BaseView
+from draftsmith.contracts import KV, BaseSpec, BaseView, Capture
 
 
 class ResBlock(nn.Module):
@@ -143,3 +144,13 @@ def project(base: BaseView, hidden: Tensor) -> Tensor:
 def final_norm_weight(base: BaseView) -> Tensor:
     """[D] of an RMS norm: what it makes of equal numbers; of large ones, without a trace of its epsilon."""
     return base.final_norm(torch.full_like(base.lm_head_weight[0], 1024.0))
+
+
+def teacher(base: BaseView, seen: Capture, rows_N: Tensor, top_k: int | None) -> Callable[[int, int], Any]:
+    """What linear_soft_cross_entropy asks, chunk by chunk, of the base's distributions at these positions (b * T + t):
+    the likeliest tokens that a store kept, where they are as many as are wanted, else `final` through the lm_head."""
+    if seen.likeliest is not None and top_k is not None and top_k <= seen.likeliest[0].shape[-1]:
+        ids_Pk, logits_Pk = (t.flatten(0, 1) for t in seen.likeliest)
+        return lambda start, stop: (logits_Pk[rows_N[start:stop]], None, ids_Pk[rows_N[start:stop]])
+    final_ND = cast(Tensor, seen.final).detach().flatten(0, 1)[rows_N]
+    return lambda start, stop: (base.lm_head(final_ND[start:stop]), None)

@@ -122,6 +122,10 @@ class Clover(Head):
     def horizon(self) -> int:
         return self.config.num_heads + 1
 
+    @property
+    def reads_counted(self) -> bool:
+        return self.layer is None
+
     def initialise(self, base: BaseView, counts_V: Tensor | None = None) -> None:
         if self.layer is not None and self.spec.llama_blocks:
             self.layer.start_from(base.block_weights(self.spec.num_layers - 1))

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Head, LossOut, Needs
 from draftsmith.drafting import fill_rows
 from draftsmith.errors import ConfigError
-from draftsmith.heads.blocks import DecoderLayer, as_head, final_norm_weight, project
+from draftsmith.heads.blocks import DecoderLayer, as_head, final_norm_weight, project, teacher
 from draftsmith.losses import SoftOut, feature_distance, linear_soft_cross_entropy
 from draftsmith.roles import Proposal, State
 from draftsmith.targets import Lessons, future_tokens, lessons
@@ -205,7 +205,7 @@ class Clover2(Head):
         soft = linear_soft_cross_entropy(
             out_KND,
             [base.lm_head_weight] * config.num_heads,
-            lambda start, stop: (base.lm_head(teachers_ND[start:stop]), None),
+            teacher(base, seen, taught.rows_N, config.teacher_top_k),
             taught.counted_KN,
             biases=[base.lm_head_bias] * config.num_heads,
             factors=[config.label_weight * weight for weight in config.weights],

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Drafted, Head, LossOut, Needs
 from draftsmith.drafting import fill_rows
 from draftsmith.errors import ConfigError
-from draftsmith.heads.blocks import DecoderLayer, ResBlock, as_head
+from draftsmith.heads.blocks import DecoderLayer, ResBlock, as_head, teacher
 from draftsmith.losses import SoftOut, feature_distance, linear_cross_entropy, linear_soft_cross_entropy
 from draftsmith.roles import Proposal, State
 from draftsmith.targets import Lessons, future_tokens, lessons
@@ -147,6 +147,10 @@ class Hydra(Head):
     def horizon(self) -> int:
         return self.config.num_heads + 1
 
+    @property
+    def reads_counted(self) -> bool:
+        return self.prefix is None
+
     @torch.no_grad()
     def initialise(self, base: BaseView, counts_V: Tensor | None = None) -> None:
         for block in self.blocks.modules():
@@ -215,16 +219,16 @@ class Hydra(Head):
         return found
 
     def teach(
-        self, base: BaseView, final_ND: Tensor, taught: Lessons, learnings: list[Learning], measure: bool
+        self, base: BaseView, seen: Capture, taught: Lessons, learnings: list[Learning], measure: bool
     ) -> SoftOut:
-        """Loss against the base's distributions; final_ND: the base's, of the lessons' rows."""
-        students = [torch.zeros_like(final_ND, dtype=own.dropped_MD.dtype) for own in learnings]
+        """Loss against the base's distributions at the lessons' rows."""
+        students = [own.dropped_MD.new_zeros(len(taught.rows_N), own.dropped_MD.shape[1]) for own in learnings]
         pairs = zip(students, learnings, strict=True)
         lm_heads = cast("list[nn.Linear]", list(self.lm_heads))
         return linear_soft_cross_entropy(
             torch.stack([student_ND.index_copy(0, own.rows_M, own.dropped_MD) for student_ND, own in pairs]),
             [lm_head.weight for lm_head in lm_heads],
-            lambda start, stop: (base.lm_head(final_ND[start:stop]), None),
+            teacher(base, seen, taught.rows_N, self.config.teacher_top_k),
             taught.counted_KN,
             biases=[lm_head.bias for lm_head in lm_heads],
             factors=[self.config.teacher_weight] * len(lm_heads),
@@ -246,7 +250,7 @@ class Hydra(Head):
         shares, best = [total] * config.num_heads, [torch.empty(0)] * config.num_heads
         soft: SoftOut | None = None
         if config.teacher_weight:
-            soft = self.teach(base, final_ND, taught, learnings, measure)
+            soft = self.teach(base, seen, taught, learnings, measure)
             total = total + soft.sum
             shares = [config.teacher_weight * sum_ for sum_ in soft.sums_K]
         for k, own in enumerate(learnings):

@@ -29,7 +29,7 @@ from draftsmith.contracts import KV, BaseSpec, BaseView, Batch, Capture, Drafted
 from draftsmith.drafting import Ancestors, fill, with_entered
 from draftsmith.errors import ConfigError
 from draftsmith.growth import Level
-from draftsmith.heads.blocks import Attention, as_head, final_norm_weight, project
+from draftsmith.heads.blocks import Attention, as_head, final_norm_weight, project, teacher
 from draftsmith.losses import linear_cross_entropy, linear_soft_cross_entropy
 from draftsmith.roles import Partial, Proposal, State
 from draftsmith.targets import future_tokens, lessons
@@ -73,7 +73,7 @@ class Kangaroo(Head):
 
     @property
     def needs(self) -> Needs:
-        return Needs(frozenset({self.exit_layer}), final=True)
+        return Needs(frozenset({self.exit_layer}), teacher=True)
 
     @property
     def max_depth(self) -> int:
@@ -116,13 +116,12 @@ class Kangaroo(Head):
         """CE against the base's distribution at the same position. Metrics: top1/1 against the row's own token,
         overlap/1 (sum of min(p, q)), floor (the base's entropy), and tokens_per_step with the threshold's stop."""
         adapted_BTD = self.adapt(seen.hidden[self.exit_layer], batch.positions_BT, batch.visible())
-        final_PD = cast(Tensor, seen.final).flatten(0, 1)
         everywhere = not self.skip_masked
         taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, [0], everywhere=everywhere)
         out = linear_soft_cross_entropy(
             adapted_BTD.flatten(0, 1)[taught.students_KN],
             [base.lm_head_weight],
-            lambda start, stop: (base.lm_head(final_PD[taught.rows_N[start:stop]]), None),
+            teacher(base, seen, taught.rows_N, self.config.teacher_top_k),
             taught.counted_KN,
             biases=[base.lm_head_bias],
             top_k=self.config.teacher_top_k,

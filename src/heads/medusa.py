@@ -82,6 +82,10 @@ class Medusa(Head):
     def horizon(self) -> int:
         return self.config.num_heads + 1
 
+    @property
+    def reads_counted(self) -> bool:
+        return True
+
     def initialise(self, base: BaseView, counts_V: Tensor | None = None) -> None:
         for block in self.blocks.modules():
             if isinstance(block, ResBlock):

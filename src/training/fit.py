@@ -15,7 +15,7 @@ from draftsmith import artifacts
 from draftsmith.contracts import BaseView, Batch, Head
 from draftsmith.errors import ConfigError, DataError, Diverged, Interrupted
 from draftsmith.training import callbacks, checkpoint, processes, strategy
-from draftsmith.training.module import TrainModule, rekeyed
+from draftsmith.training.module import TrainModule, captured, rekeyed
 from draftsmith.training.settings import Settings
 
 
@@ -176,7 +176,7 @@ def rehearse(base: BaseView, heads: Mapping[str, Head], batch: Batch) -> None:
     """One micro-batch forward and backward before step 1, so that what cannot work fails now. Gradients are
     thrown away, and the heads' weights are the same afterwards."""
     for name, head in heads.items():
-        seen = base.capture(head.needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
+        seen = captured(base, head.needs, batch)
         out = head.loss(base, seen, batch)
         if not bool(torch.isfinite(out.sum)):
             raise Diverged(f"{name}: the first batch's loss is {out.sum.item()}; check base and rows")

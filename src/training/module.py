@@ -31,6 +31,15 @@ def rekeyed(*key: Any) -> Iterator[None]:
         yield
 
 
+def captured(base: BaseView, needs: Needs, batch: Batch) -> Capture:
+    """What the heads need of the base: as a store kept it, and one forward for the rest, if there is any."""
+    kept = batch.seen or Capture()
+    missing = needs.beyond(kept)
+    if batch.seen is not None and missing == Needs():
+        return kept
+    return kept | base.capture(missing, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
+
+
 class TrainModule(L.LightningModule):
     """Trains `heads` for optimiser steps start..steps-1.
 
@@ -142,7 +151,7 @@ class TrainModule(L.LightningModule):
         """One base forward for all heads, computed as it will be in decoding."""
         needs = reduce(or_, (head.needs for _, head in self.each_head()), Needs())
         with torch.autocast(self.device.type, enabled=False):
-            return self.base.capture(needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
+            return captured(self.base, needs, batch)
 
     def _add_all(self, prefix: str, loss: Tensor, out: LossOut) -> None:
         self._add(f"{prefix}/loss", loss, None)

@@ -30,6 +30,7 @@ from draftsmith.errors import ConfigError
 from draftsmith.exporters import native
 from draftsmith.heads.draft_model import DraftModel
 from draftsmith.roles import State
+from draftsmith.targets import counted_targets
 from draftsmith.training.fit import new_adapter, new_head
 
 # role -> what a head of that role must offer beside forward and loss
@@ -393,6 +394,31 @@ def test_a_forward_shared_with_other_heads_changes_nothing(variant: Variant, mak
     batch = a_batch(head)
     everything = head.needs | Needs(frozenset(range(base.spec.num_layers + 1)), final=True, logits=True)
     assert torch.equal(head.loss(base, capture(base, everything, batch), batch).sum, loss_of(base, head, batch).sum)
+
+
+@every_head
+def test_a_head_of_counted_positions_looks_at_no_other(variant: Variant, make: Any) -> None:
+    """Elsewhere a store keeps nothing, and what is read there is no number."""
+    base, head = make(variant)
+    if not head.reads_counted:
+        pytest.skip("reads every position")
+    batch = a_batch(head)
+    ahead = [
+        counted_targets(batch.tokens_BT, batch.mask_BT, batch.documents_BT, k)[1] for k in range(1, head.horizon + 1)
+    ]
+    counted_BT = torch.stack(ahead).any(0)
+    assert not counted_BT.all()
+    seen = capture(base, head.needs, batch)
+    sums, slopes = [], []
+    for own in (seen, seen.each(lambda t: t.where(counted_BT[..., None], torch.nan))):
+        out = head.loss(base, own, batch)
+        head.zero_grad()
+        if out.sum.requires_grad:
+            out.sum.backward()
+        sums.append(out.sum.detach())
+        slopes.append([p.grad.clone() for p in head.parameters() if p.grad is not None])
+    assert torch.equal(*sums)
+    assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
 
 
 # Leakage: document 0 stands at positions 0..11 of the first sequence, document 1 at 12..20.

@@ -35,9 +35,27 @@ def test_visible_is_own_document_up_to_oneself() -> None:
 
 def test_batch_moves_whole() -> None:
     zeros = torch.zeros(1, 2, dtype=torch.long)
-    moved = Batch(zeros, zeros, zeros, zeros.bool(), torch.zeros(3), zeros.float()).to("meta")
+    seen = Capture({2: zeros}, zeros, likeliest=(zeros, zeros))
+    moved = Batch(zeros, zeros, zeros, zeros.bool(), torch.zeros(3), zeros.float(), seen).to("meta")
+    found = vars(moved).pop("seen")
     assert all(t.device.type == "meta" for t in vars(moved).values())
+    assert all(t.device.type == "meta" for t in (found.hidden[2], found.final, *found.likeliest))
     assert Batch(zeros, zeros, zeros, zeros.bool(), torch.zeros(3)).to("meta").labels_BT is None
+
+
+def test_what_a_capture_holds_is_not_needed_and_the_rest_is() -> None:
+    one = torch.zeros(1, 2, 3)
+    needs = Needs(frozenset({1, 4}), final=True, logits=True, teacher=True)
+    assert needs.beyond(Capture()) == needs
+    assert needs.beyond(Capture({1: one}, final=one)) == Needs(frozenset({4}), logits=True)  # final teaches too
+    assert needs.beyond(Capture({4: one}, likeliest=(one, one))) == Needs(frozenset({1}), final=True, logits=True)
+
+
+def test_of_two_captures_the_first_has_the_say() -> None:
+    one, two = torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
+    both = Capture({1: one}, final=one) | Capture({1: two, 2: two}, final=two, logits=two)
+    assert (both.hidden[1] is one, both.hidden[2] is two, both.final is one, both.logits is two) == (True,) * 4
+    assert both.at(torch.tensor([1])).hidden[2].shape == both.row(0).at(torch.tensor([0])).final.shape == (1, 1, 3)
 
 
 def test_tree_shape_and_verdict() -> None:

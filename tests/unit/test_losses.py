@@ -334,6 +334,20 @@ def test_soft_gradcheck(top_k: int | None) -> None:
     assert torch.autograd.gradcheck(lambda *ts: Formed.apply(make, *ts), tensors)
 
 
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_soft_taught_by_the_likeliest_tokens_alone(top_k: int) -> None:
+    """As a store keeps them, best first and up to a number per row: more than are wanted, or just as many."""
+    x, weights, biases, teacher, counted = students(9)
+    ours, theirs = learning(x, weights, biases), learning(x, weights, biases)
+    logits, ids = teacher.topk(4, -1)
+    logits = logits - logits[:, :1]
+    kept = linear_soft_cross_entropy(
+        *ours[:2], lambda i, j: (logits[i:j], None, ids[i:j]), counted, biases=ours[2], top_k=top_k, rows=4
+    )
+    whole = linear_soft_cross_entropy(*theirs[:2], taught_by(teacher), counted, biases=theirs[2], top_k=top_k, rows=4)
+    same(kept, whole, ours, theirs)
+
+
 def test_soft_floor_is_reached_by_the_teacher_itself() -> None:
     """CE(p, p) = H(p): the sum is its floor, everything would be accepted and there is no slope."""
     x, weights, biases, _, counted = students(10, k=1)

@@ -1,7 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 
-from draftsmith.heads.blocks import Attention, DecoderLayer, ResBlock, rotate
+from draftsmith.contracts import Capture
+from draftsmith.heads.blocks import Attention, DecoderLayer, ResBlock, rotate, teacher
 
 
 def test_a_reset_block_is_the_identity_bit_for_bit() -> None:
@@ -95,3 +98,18 @@ def test_a_block_runs_under_autocast_and_in_bf16(tiny_base) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(layer(x, positions)).all()
     assert layer.bfloat16()(x.bfloat16(), positions).dtype == torch.bfloat16
+
+
+def test_a_store_teaches_where_it_kept_enough_and_the_base_elsewhere(tiny_base: Any) -> None:
+    base = tiny_base("llama")
+    final = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    ids, logits = torch.arange(24).view(2, 3, 4), torch.randn(2, 3, 4)
+    rows, seen = torch.tensor([1, 4, 5]), Capture(final=final, likeliest=(ids, logits))
+    for top_k in (3, 4):
+        found = teacher(base, seen, rows, top_k)(1, 3)
+        assert torch.equal(found[0], logits.view(6, 4)[[4, 5]])
+        assert torch.equal(found[2], ids.view(6, 4)[[4, 5]])
+    for top_k in (5, None):
+        found = teacher(base, seen, rows, top_k)(1, 3)
+        assert torch.equal(found[0], base.lm_head(final.view(6, 32)[[4, 5]]))
+        assert found[1:] == (None,)
