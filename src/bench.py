@@ -82,9 +82,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     if threads := cfg.trainer.threads:
         torch.set_num_threads(threads)
-    runs = comparing.timed(variants, own.repeats, cfg.seed)
-    wanted = {name for f in chosen.figures.values() if f.kind == "memory" for name in (f.of, *f.over)}
-    peaks = {name: comparing.peak_of(variants[name]) for name in variants if name in wanted}
+    used = {kind: set[str]() for kind in KINDS}
+    for figure in chosen.figures.values():
+        used[figure.kind] |= {figure.of, *figure.over}
+    clocked = {name: v for name, v in variants.items() if any(name in used[kind] for kind in KINDS if kind != "memory")}
+    runs = comparing.timed(clocked, own.repeats, cfg.seed, used["floor"])
+    peaks = {name: comparing.peak_of(v) for name, v in variants.items() if name in used["memory"]}
     found = {name: _values(figure, runs, peaks) for name, figure in chosen.figures.items()}
     result = {
         "figures": {name: {"median": statistics.median(values), "runs": values} for name, values in found.items()},

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, open_dict
 
-from draftsmith import artifacts, config, prepare, train
+from draftsmith import artifacts, capture, config, prepare, stored, supply, train
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ResourceError
 from draftsmith.training.settings import Settings
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     import lightning as L
 
     from draftsmith.base.lm import BaseLM
+    from draftsmith.contracts import Head
 
-WARM = 2  # micro-batches that are not counted
+WARM = 1  # micro-batches that are not counted
 PEAK = "peak.json"
 
 
@@ -39,8 +41,26 @@ class Steps:
             bases[key] = prepare.load_base(wanted, "cuda" if self.settings.trainer.accelerator == "gpu" else "cpu")
         self.base = bases[key]
         self.chosen = train.heads_of(cfg)
+        self.whole = self.data.random is not None
+        self.scratch: Any = None if cfg.capture is None else tempfile.TemporaryDirectory()
+        if self.scratch is not None:
+            self.data = self._captured(Path(self.scratch.name) / "store")
         self.rows = train.rows_for(self.data, self.base)
+        self.store = stored.of(self.data, self.base, self.heads(), self.rows, cfg.seed)
         self.batch_size = self._batch_size()
+
+    def heads(self) -> dict[str, Head]:
+        """As they start."""
+        from draftsmith.training.fit import new_head
+
+        return {n: new_head(kind, own, n, self.base, self.cfg.seed) for n, (kind, own) in self.chosen.items()}
+
+    def _captured(self, out: Path) -> DataConfig:
+        """The same rows, from a store of what these heads read."""
+        made = config.compose("capture", [f"rows={supply.rows_of(self.data, self.base)}", f"out={out}"])
+        made.base, made.heads, made.threads = self.cfg.base, self.cfg.heads, self.cfg.trainer.threads
+        capture.run(config.changed(made, "capture", self.cfg.capture))
+        return dataclasses.replace(self.data, path=str(out), sources={}, prompts=None, random=None)
 
     def _batch_size(self) -> int:
         """Sequences per step: all of random rows; of others as many tokens as data.batch_size packed ones hold."""
@@ -51,7 +71,7 @@ class Steps:
             stream = Stream(self.rows.training, batch_size=1, weights_N=self.rows.weights_N, packing=packing, **how)
             return len(stream.packs(0))
 
-        if self.data.random is not None:
+        if self.whole:
             return sequences(self.data.packing)
         if self.data.packing:
             return self.data.batch_size
@@ -60,10 +80,9 @@ class Steps:
     def run(self, steps: int, meter: L.Callback) -> None:
         """Trains new heads for so many steps and leaves nothing but what the meter saw."""
         from draftsmith.data.module import RowsModule
-        from draftsmith.training.fit import fit, new_head
+        from draftsmith.training.fit import fit
 
-        seed = self.cfg.seed
-        heads = {n: new_head(kind, own, n, self.base, seed) for n, (kind, own) in self.chosen.items()}
+        heads, seed = self.heads(), self.cfg.seed
         layout: dict[str, Any] = {
             "length": self.data.length,
             "batch_size": self.batch_size,
@@ -72,6 +91,7 @@ class Steps:
             "seed": seed,
             "weights_N": self.rows.weights_N,
             "packing": self.data.packing,
+            "store": self.store,
         }
 
         def serve(start: int, stop: int) -> RowsModule:
@@ -81,11 +101,11 @@ class Steps:
             told: dict[str, Any] = {"run_dir": Path(scratch), "seed": seed, "settings": self.settings, "ties": {}}
             fit(self.base, heads, serve, steps=steps, more=[meter], **told)
 
-    def time(self) -> dict[str, Any]:
+    def time(self, *, floor: bool) -> dict[str, Any]:
         """StepTimer's result over trainer.max_steps steps."""
         from draftsmith.training.timing import StepTimer
 
-        trainer, timer = self.settings.trainer, StepTimer(WARM)
+        trainer, timer = self.settings.trainer, StepTimer(WARM, alone=floor)
         self.run((trainer.max_steps or 1) + WARM + 1, timer)
         return timer.result(trainer.log_every * trainer.accumulate)
 
@@ -98,15 +118,18 @@ class Steps:
         return meter.extra
 
 
-def timed(variants: Mapping[str, DictConfig], repeats: int, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """name -> a StepTimer's result per repeat; in each repeat every variant has its turn, in random order."""
+def timed(
+    variants: Mapping[str, DictConfig], repeats: int, seed: int, floors: Collection[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """name -> a StepTimer's result per repeat; in each repeat every variant has its turn, in random order. floors: of
+    which the base's forward alone is timed too."""
     bases: dict[str, Any] = {}
     ready = {name: Steps(cfg, bases) for name, cfg in variants.items()}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     rng = random.Random(seed)
     for number in range(repeats):
         for name in rng.sample(list(ready), len(ready)):
-            found[name].append(ready[name].time())
+            found[name].append(ready[name].time(floor=name in floors))
         prepare.say(
             f"run {number + 1} of {repeats}: " + ", ".join(f"{n} {r[-1]['step_ms']:.0f} ms" for n, r in found.items())
         )

@@ -110,10 +110,8 @@ class TrainModule(L.LightningModule):
         measure = self.measures(step)
         if part == 0:
             self._sums = {}
-            if not strategy.is_zero(
-                self.trainer
-            ):  # a fused loss forms gradients in its forward: not beside the old ones
-                self.zero_grad(set_to_none=True)
+            if not strategy.is_zero(self.trainer):
+                self.zero_grad(set_to_none=True)  # a fused loss forms new ones in its forward: not beside the old ones
         losses = []
         bf16 = self.settings.trainer.precision == "bf16"  # Lightning does it too, but not under DeepSpeed
         autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import statistics
 import time
 from pathlib import Path
@@ -23,14 +24,14 @@ class StepTimer(L.Callback):
     forward, heads, loss, backward, clipping, optimiser, metrics. CPU seconds of this process on a CPU (wall time lies
     on a shared machine), wall seconds after synchronising on a GPU.
 
-    warm: the first steps, not counted. floor, step: seconds per counted micro-batch, of the base's forward alone and of
-    everything. parts: what the step consists of. base: the forward that serves the heads, if there is one; heads: their
+    warm: the first steps, not counted. alone: False leaves that forward out. floor, step: seconds per counted
+    micro-batch, of the base's forward alone and of everything. parts: what the step consists of. base: the forward that serves the heads, if there is one; heads: their
     forward, loss and backward; optimizer: clipping and update; data: from the end of a step to the next batch; rest:
     logging, callbacks.
     """
 
-    def __init__(self, warm: int) -> None:
-        self.warm = warm
+    def __init__(self, warm: int, *, alone: bool = True) -> None:
+        self.warm, self.alone = warm, alone
         self.floor: list[float] = []
         self.step: list[float] = []
         self.parts: dict[str, list[float]] = {name: [] for name in PARTS}
@@ -59,7 +60,7 @@ class StepTimer(L.Callback):
                 self.parts[name].append(seconds)
         self._spent = dict.fromkeys(PARTS, 0.0)
         if batch_idx >= self.warm:
-            self.floor.append(self._alone(module, batch))
+            self.floor.append(self._forward(module, batch) if self.alone else math.nan)
         self._mark = self._now()
 
     def on_after_backward(self, trainer: L.Trainer, module: Any) -> None:
@@ -68,7 +69,7 @@ class StepTimer(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Batch, batch_idx: int) -> None:
         self._lap("rest")
 
-    def _alone(self, module: Any, batch: Batch) -> float:
+    def _forward(self, module: Any, batch: Batch) -> float:
         began = self._now()
         with torch.no_grad(), torch.autocast(batch.tokens_BT.device.type, enabled=False):
             visible = batch.visible()
