@@ -54,5 +54,5 @@ for run in $(seq "$RUNS"); do
     side "$VENV" draftsmith time "$FOLDER" "$DTYPE" "$FOLDER/ours-$run.json" >>"$FOLDER/log"
     side "$PEER_VENV" speculators time "$FOLDER" "$DTYPE" "$FOLDER/theirs-$run.json" >>"$FOLDER/log"
 done
-echo "$DTYPE, $(nproc) cores, load $(cut -d' ' -f1 /proc/loadavg)"
+echo "$DTYPE, load $(cut -d' ' -f1 /proc/loadavg)"
 side "$VENV" draftsmith table "$FOLDER"
