@@ -6,7 +6,7 @@ import dataclasses
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
@@ -28,7 +28,7 @@ def run(cfg: DictConfig) -> Path:
     settings = config.typed(cfg.store, store.StoreConfig, "store")
     machine = config.typed({"threads": cfg.threads, "device": cfg.device}, prepare.MachineConfig, "capture")
     rows, out, here = Path(cfg.rows), Path(cfg.out), processes.place()
-    facts = _checked(cfg, base_config, rows, out)
+    _check(cfg, base_config, rows, out)
     machine.apply()
     base = prepare.load_base(base_config, processes.own_device(machine.device))
     heads = _outlines(cfg, base.spec)
@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     with prepare.held(out, here.rank):
         complete = artifacts.is_complete(out)
-        job.begin(rows, list(facts["files"]))
+        job.begin(rows)
         if complete:
             store.verify(out)
             prepare.say(f"{out}: already complete")
@@ -62,8 +62,8 @@ def run(cfg: DictConfig) -> Path:
     return out
 
 
-def _checked(cfg: DictConfig, base: prepare.BaseConfig, rows: Path, out: Path) -> dict[str, Any]:
-    """The manifest of the rows, if a store of them can be."""
+def _check(cfg: DictConfig, base: prepare.BaseConfig, rows: Path, out: Path) -> None:
+    """Refuses what no store can be made of, before anything is loaded."""
     if rows.resolve() == out.resolve():
         raise ConfigError(f"out: {out} is the folder of rows itself; choose another folder")
     if base.lora is not None:
@@ -78,7 +78,6 @@ def _checked(cfg: DictConfig, base: prepare.BaseConfig, rows: Path, out: Path) -
     facts = verified(rows)
     if facts["kind"] != "rows":
         raise DataError(f"{rows}: holds {facts['kind']}; rows= wants what distill writes")
-    return facts
 
 
 def _outlines(cfg: DictConfig, spec: BaseSpec) -> dict[str, Head]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from draftsmith import artifacts
 from draftsmith.contracts import BaseView, Batch, Needs
 from draftsmith.data import store
-from draftsmith.data.journal import alone
+from draftsmith.data.journal import ASKED, alone
 from draftsmith.data.labels import LOGITS, claim
 from draftsmith.data.pack import best_fit, collate
 from draftsmith.data.rows import Rows
@@ -108,8 +108,11 @@ class Job:
                 " folder, a smaller store.dtype, or keep=counted"
             )
 
-    def begin(self, source: Path, files: Sequence[str]) -> None:
-        """The plan and a copy of the rows; ConfigError where the folder is another plan's."""
+    def begin(self, source: Path) -> None:
+        """The plan and a copy of the rows and of what was asked for them; ConfigError where the folder is another
+        plan's."""
+        files = list(artifacts.read_json(source / artifacts.MANIFEST)["files"])
+        files += sorted({str(p.relative_to(source)) for p in (source / ASKED).glob("*")} - set(files))
         with alone(self.out):
             claim(self.out, self.plan, what="captures")
             if artifacts.is_complete(self.out / ROWS):
