@@ -287,7 +287,7 @@ def _say(message: object, code: int) -> int:
 
 def _refuse_unknown(cfg: DictConfig, verb: str) -> None:
     """`+key=value` adds whatever is asked; below the top, each group's owner refuses what it does not know."""
-    known = {*compose(verb), "base", "companion", "gate"}
+    known = {*compose(verb), "base", "companion", "figures", "gate"}
     for key in map(str, cfg):
         if key not in known:
             raise ConfigError(f"{key}: no such key{_nearest(key, known)}")

@@ -76,17 +76,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         db_V = torch.zeros_like(bias_V, dtype=total_dtype) if grads[2] and bias_V is not None else None
         total = x_ND.new_zeros((), dtype=total_dtype)
         best_N = torch.full_like(target_N, -1)
+        matmul_dtype = _matmul_dtype(x_ND)
+        weight_VD = weight_VD.to(matmul_dtype)
         for i in range(0, x_ND.shape[0], rows):
-            x, target = x_ND[i : i + rows], target_N[i : i + rows, None]
+            x, target = x_ND[i : i + rows].to(matmul_dtype), target_N[i : i + rows, None]
             logits, bend = _project(x, weight_VD, bias_V, total_dtype, softcap)
             if measure:
                 torch.argmax(logits, -1, out=best_N[i : i + rows])
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += (lse - logits.gather(1, target)).sum()
+            logits.sub_(logits.amax(-1, keepdim=True))
+            gold = logits.gather(1, target)
+            mass = logits.exp_().sum(-1, keepdim=True)
+            total += (mass.log() - gold).sum()
             if not any(grads):
                 continue
-            g = logits.sub_(lse).exp_()  # softmax - one-hot, in place of the logits
-            g.scatter_add_(1, target, torch.full_like(lse, -1.0))
+            g = logits.div_(mass)  # softmax - one-hot, in place of the logits
+            g.scatter_add_(1, target, torch.full_like(mass, -1.0))
             g = g if bend is None else g.mul_(bend)
             g = _add_slopes(g, x, dw_VD, db_V)
             if dx_ND is not None:
@@ -257,24 +261,25 @@ class _SoftPass:
         weight_VD, dw_VD = self.params[weight_at], self.grads[weight_at]
         bias_V, db_V = (None, None) if bias_at is None else (self.params[bias_at], self.grads[bias_at])
         x_mD = _take(self.x_KND[k, chunk], at_m).to(self.matmul_dtype)
-        log_q_mV, bend_mV = _project(x_mD, weight_VD, bias_V, self.dtype, plan.softcap)
-        lse_m1 = log_q_mV.logsumexp(-1, keepdim=True)
+        z_mV, bend_mV = _project(x_mD, weight_VD, bias_V, self.dtype, plan.softcap)
+        top_m1 = z_mV.amax(-1, keepdim=True)
         if plan.measure:
-            top_m, self.best_KN[k, chunk][at_m] = log_q_mV.max(-1)
-            self.chance_KN[k, chunk][at_m] = (top_m - lse_m1[:, 0]).exp()
-        log_q_mV.sub_(lse_m1)
+            self.best_KN[k, chunk][at_m] = z_mV.argmax(-1)
+            self.chance_KN[k, chunk][at_m] = (top_m1 - z_mV.logsumexp(-1, keepdim=True)).exp()[:, 0]
         if plan.measure and kept_n is not None:
             inner = kept_n[at_m].nonzero()[:, 0]
             if not inner.shape[0]:
                 return
-            log_q_mV, x_mD, at_m = (_take(t, inner) for t in (log_q_mV, x_mD, at_m))
+            z_mV, x_mD, at_m, top_m1 = (_take(t, inner) for t in (z_mV, x_mD, at_m, top_m1))
             bend_mV = None if bend_mV is None else _take(bend_mV, inner)
-        taught = taught.at(at_m)
-        self.sums_K[k].sub_((taught.p_nT * taught.pick(log_q_mV)).sum())
+        taught, z_mV = taught.at(at_m), z_mV.sub_(top_m1)
+        dot = (taught.p_nT * taught.pick(z_mV)).sum()
+        mass_m1 = z_mV.exp_().sum(-1, keepdim=True)
+        self.sums_K[k].add_(mass_m1.log().sum() - dot)
         learns = plan.factors[k] != 0 and any(t is not None for t in (self.dx_KND, dw_VD, db_V))
         if not (learns or plan.measure):
             return
-        q_mV = log_q_mV.exp_()
+        q_mV = z_mV.div_(mass_m1)
         if taught.entropy_n is not None:
             self.floors_K[k].add_(taught.entropy_n.sum())
             self.overlaps_K[k].add_(torch.minimum(taught.p_nT, taught.pick(q_mV)).sum())

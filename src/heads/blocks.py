@@ -48,15 +48,20 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps) if spec.qk_norm else None
         self.k_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps) if spec.qk_norm else None
 
-    def project(self, x_BQD: Tensor, positions_BQ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values: [B, H, Q, head_dim] each, H the query's or the key's heads."""
-        q, k, v = (
-            f(x_BQD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        turned = (rotate(t, positions_BQ, self.frequencies, self.scale) for t in (q, k))
-        return *turned, v
+    def queries(self, x_BQD: Tensor, positions_BQ: Tensor) -> Tensor:
+        """Rotated queries [B, H, Q, head_dim]."""
+        q = self._apart(self.q_proj, x_BQD)
+        q = q if self.q_norm is None else self.q_norm(q)
+        return rotate(q, positions_BQ, self.frequencies, self.scale)
+
+    def slots(self, x_BQD: Tensor, positions_BQ: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys, and values: [B, H of the keys, Q, head_dim] each."""
+        k = self._apart(self.k_proj, x_BQD)
+        k = k if self.k_norm is None else self.k_norm(k)
+        return rotate(k, positions_BQ, self.frequencies, self.scale), self._apart(self.v_proj, x_BQD)
+
+    def _apart(self, projection: nn.Module, x_BQD: Tensor) -> Tensor:
+        return projection(x_BQD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def join(self, out_BHQd: Tensor) -> Tensor:
         return self.o_proj(out_BHQd.transpose(1, 2).flatten(2))
@@ -65,7 +70,7 @@ class Attention(nn.Module):
         self, x_BQD: Tensor, positions_BQ: Tensor, mask_BQS: Tensor | None = None, kv: KV | None = None, layer: int = 0
     ) -> Tensor:
         """mask True = may attend; None = causal over the K/V's slots and this forward's."""
-        q, k, v = self.project(x_BQD, positions_BQ)
+        q, (k, v) = self.queries(x_BQD, positions_BQ), self.slots(x_BQD, positions_BQ)
         if kv is not None:
             k, v = kv.update(k, v, layer)
         queries, slots = q.shape[2], k.shape[2]

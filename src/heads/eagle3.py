@@ -88,9 +88,13 @@ class MidLayer(nn.Module):
             else:
                 p.copy_(weights["input_layernorm.weight" if name == "hidden_norm.weight" else name])
 
+    def read(self, embedded: Tensor, feature: Tensor) -> Tensor:
+        """What the attention reads [B, Q, 2 D]."""
+        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(feature)], -1)
+
     def forward(self, embedded: Tensor, feature: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """[B, Q, D] each; attend: the attention over whatever this forward may see."""
-        hidden = feature + attend(torch.cat([self.input_layernorm(embedded), self.hidden_norm(feature)], -1))
+        hidden = feature + attend(self.read(embedded, feature))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -171,32 +175,43 @@ class Eagle3(Head):
     def step(
         self,
         base: BaseView,
-        feature_BTD: Tensor,
-        tokens_BT: Tensor,
+        feature_BQD: Tensor,
+        tokens_BQ: Tensor,
         past: Slots,
-        positions_BT: Tensor,
-        visible_BTT: Tensor,
+        positions_BQ: Tensor,
+        visible_BQT: Tensor,
     ) -> tuple[Tensor, Slots]:
-        """h^s_BTD of step s = len(past) if it reads these tokens, and the slots of all steps with its own."""
+        """h^s_BQD of step s = len(past) > 0 if it reads these tokens, and the slots of all steps with its own."""
         slots = list(past)
 
         def attend(x: Tensor) -> Tensor:
-            attention = self.midlayer.self_attn
-            q, k, v = attention.project(x, positions_BT + len(past))
-            slots.append((k, v))
-            return attention.join(over_slots(q, slots, visible_BTT))
+            attention, at = self.midlayer.self_attn, positions_BQ + len(past)
+            slots.append(attention.slots(x, at))
+            return attention.join(over_slots(attention.queries(x, at), slots, visible_BQT))
 
-        return self.midlayer(self.embed(base, tokens_BT), feature_BTD, attend), slots
+        return self.midlayer(self.embed(base, tokens_BQ), feature_BQD, attend), slots
 
-    def steps(self, base: BaseView, seen: Capture, batch: Batch) -> Iterator[tuple[Tensor, Slots]]:
+    def steps(
+        self, base: BaseView, seen: Capture, batch: Batch, at_BQ: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Slots]]:
         """`step` after `step` of the training-time test, on the row's own tokens. Where a document ends before
-        x_{t+1+s} the value means nothing, and no target looks at it."""
-        feature_BTD, visible_BTT = self.fuse(seen), batch.visible()
-        past: Slots = []
-        for s in range(self.config.depth):
+        x_{t+1+s} the value means nothing, and no target looks at it. at_BQ: the positions of each row that are drafted
+        from, None: all; the others leave no more than the first step's keys and values."""
+        tokens_BT, _ = future_tokens(batch.tokens_BT, batch.documents_BT, 1)
+        embedded_BTD, feature_BTD = self.embed(base, tokens_BT), self.fuse(seen)
+        attention = self.midlayer.self_attn
+        past = [attention.slots(self.midlayer.read(embedded_BTD, feature_BTD), batch.positions_BT)]
+        embedded, feature, positions, visible = (
+            taken(t, at_BQ) for t in (embedded_BTD, feature_BTD, batch.positions_BT, batch.visible())
+        )
+        feature = self.midlayer(
+            embedded, feature, lambda x: attention.join(over_slots(attention.queries(x, positions), past, visible))
+        )
+        yield feature, past
+        for s in range(1, self.config.depth):
             tokens_BT, _ = future_tokens(batch.tokens_BT, batch.documents_BT, s + 1)
-            feature_BTD, past = self.step(base, feature_BTD, tokens_BT, past, batch.positions_BT, visible_BTT)
-            yield feature_BTD, past
+            feature, past = self.step(base, feature, taken(tokens_BT, at_BQ), past, positions, visible)
+            yield feature, past
 
     def unroll(self, base: BaseView, seen: Capture, batch: Batch) -> list[Tensor]:
         """h^s_BTD of every step."""
@@ -210,14 +225,16 @@ class Eagle3(Head):
         ahead, everywhere = range(1, depth + 1), not self.skip_masked
         taught = lessons(batch.tokens_BT, batch.mask_BT, batch.documents_BT, ahead, everywhere=everywhere)
         final_PD = cast(Tensor, seen.final).flatten(0, 1)
-        steps = zip(self.unroll(base, seen, batch), taught.students_KN, strict=True)
+        at_BQ, number_P = (None, None) if everywhere else self._drafting(taught, batch)
+        students_KN = taught.students_KN if number_P is None else number_P[taught.students_KN]
+        steps = zip(self.steps(base, seen, batch, at_BQ), students_KN, strict=True)
 
         def teacher(start: int, stop: int) -> tuple[Tensor, Tensor]:
             logits_NV = base.lm_head(final_PD[taught.rows_N[start:stop]])
             return logits_NV[:, ids_V], cast(Tensor, self.t2d)[logits_NV.argmax(-1)]
 
         out = linear_soft_cross_entropy(
-            torch.stack([self.norm(h_BTD.flatten(0, 1)[where_N]) for h_BTD, where_N in steps]),
+            torch.stack([self.norm(h_BQD.flatten(0, 1)[where_N]) for (h_BQD, _), where_N in steps]),
             [self.lm_head.weight] * depth,
             teacher,
             taught.counted_KN,
@@ -235,6 +252,18 @@ class Eagle3(Head):
                 metrics[f"overlap/{k + 1}"] = (out.overlaps_K[k], counted_K[k])
             metrics["floor"] = (out.floors_K @ out.floors_K.new_tensor(factors), counted_K[0])
         return LossOut(out.sum, batch.counts_K[2], metrics)
+
+    def _drafting(self, taught: Lessons, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(at_BQ, number_P): the positions of each row from which some step learns (and others, where a row has fewer
+        of them than another), and which of these b * Q + q each position b * T + t is."""
+        learns_BT = torch.zeros_like(batch.mask_BT, dtype=torch.bool)
+        learns_BT.view(-1)[taught.students_KN[taught.counted_KN]] = True
+        most = max(1, int(learns_BT.sum(1).max()))
+        at_BQ = learns_BT.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+        flat_BQ = at_BQ + batch.tokens_BT.shape[1] * torch.arange(len(at_BQ), device=at_BQ.device)[:, None]
+        number_P = torch.zeros(learns_BT.numel(), dtype=torch.long, device=at_BQ.device)
+        number_P[flat_BQ.flatten()] = torch.arange(flat_BQ.numel(), device=at_BQ.device)
+        return at_BQ, number_P
 
     def _measured(self, batch: Batch, taught: Lessons, right_KN: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         right_KN = right_KN & taught.counted_KN
@@ -297,21 +326,26 @@ class Eagle3(Head):
         return proposal
 
 
-def over_slots(q_BHTd: Tensor, past: Slots, visible_BTT: Tensor) -> Tensor:
-    """Attention [B, H, T, d] of the newest step: over step 0's keys as `visible` says and over the later steps'
-    keys at the query's own slot."""
+def taken(t: Tensor, at_BQ: Tensor | None) -> Tensor:
+    """t [B, T, ...] at the positions of each row; None: all of it."""
+    return t if at_BQ is None else t[torch.arange(len(t), device=t.device)[:, None], at_BQ]
+
+
+def over_slots(q_BHQd: Tensor, past: Slots, visible_BQT: Tensor) -> Tensor:
+    """Attention [B, H, Q, d] of the newest step: over step 0's T keys as `visible` [B, Q, T] says and over the later
+    steps' keys at the query's own slot."""
     (first_k, first_v), later = past[0], past[1:]
-    groups = q_BHTd.shape[1] // first_k.shape[1]
+    groups = q_BHQd.shape[1] // first_k.shape[1]
     if not later:
-        return F.scaled_dot_product_attention(q_BHTd, first_k, first_v, visible_BTT[:, None], enable_gqa=groups > 1)
+        return F.scaled_dot_product_attention(q_BHQd, first_k, first_v, visible_BQT[:, None], enable_gqa=groups > 1)
     wide = [tuple(t.repeat_interleave(groups, 1) for t in pair) for pair in past]
-    scale = q_BHTd.shape[-1] ** -0.5
-    first_BHTT = (q_BHTd @ wide[0][0].transpose(2, 3)).masked_fill(~visible_BTT[:, None], float("-inf"))
-    own_BHTs = torch.stack([(q_BHTd * k).sum(-1) for k, _ in wide[1:]], -1)
-    weights = (torch.cat([first_BHTT, own_BHTs], -1) * scale).softmax(
-        -1, dtype=torch.promote_types(q_BHTd.dtype, torch.float32)
+    scale = q_BHQd.shape[-1] ** -0.5
+    first_BHQT = (q_BHQd @ wide[0][0].transpose(2, 3)).masked_fill(~visible_BQT[:, None], float("-inf"))
+    own_BHQs = torch.stack([(q_BHQd * k).sum(-1) for k, _ in wide[1:]], -1)
+    weights = (torch.cat([first_BHQT, own_BHQs], -1) * scale).softmax(
+        -1, dtype=torch.promote_types(q_BHQd.dtype, torch.float32)
     )
-    weights = weights.to(q_BHTd.dtype)
+    weights = weights.to(q_BHQd.dtype)
     slots = first_k.shape[2]
     out = weights[..., :slots] @ wide[0][1]
     for s, (_, v) in enumerate(wide[1:]):

@@ -25,9 +25,9 @@ class StepTimer(L.Callback):
     on a shared machine), wall seconds after synchronising on a GPU.
 
     warm: the first steps, not counted. alone: False leaves that forward out. floor, step: seconds per counted
-    micro-batch, of the base's forward alone and of everything. parts: what the step consists of. base: the forward that serves the heads, if there is one; heads: their
-    forward, loss and backward; optimizer: clipping and update; data: from the end of a step to the next batch; rest:
-    logging, callbacks.
+    micro-batch, of the base's forward alone and of everything. parts: what the step consists of. base: the forward that
+    serves the heads, if there is one; heads: their forward, loss and backward; optimizer: clipping and update; data:
+    from the end of a step to the next batch; rest: logging, callbacks.
     """
 
     def __init__(self, warm: int, *, alone: bool = True) -> None:
