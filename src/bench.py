@@ -18,7 +18,8 @@ from draftsmith.errors import ConfigError, DataError
 from draftsmith.training.settings import Settings
 
 PLAIN = ("data.packing=false", "loss.impl=plain", "loss.skip_masked=false")
-STEP, KINDS = "step", ("faster", "cost", "floor", "memory")
+STEP, KINDS = "step", ("faster", "cost", "floor", "memory", "answering")
+UNTIMED = ("memory", "answering")  # kinds that time no training step
 MOVED = 0.15  # ratios repeat within about so much on a shared machine
 COUNTED = 15  # steps that count at least in step_cost
 
@@ -36,8 +37,8 @@ class FigureConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"kind='{self.kind}': choose one of {', '.join(KINDS)}")
-        if (self.kind == "floor") == bool(self.over):
-            raise ConfigError("over: names the variants that `of` is compared with; a floor has none")
+        if (self.kind in ("floor", "answering")) == bool(self.over):
+            raise ConfigError("over: names the variants that `of` is compared with; floor and answering have none")
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     used = {kind: set[str]() for kind in KINDS}
     for figure in chosen.figures.values():
         used[figure.kind] |= {figure.of, *figure.over}
-    clocked = {name: v for name, v in variants.items() if any(name in used[kind] for kind in KINDS if kind != "memory")}
+    timed = set[str]().union(*(names for kind, names in used.items() if kind not in UNTIMED))
+    clocked = {name: v for name, v in variants.items() if name in timed}
     runs = comparing.timed(clocked, own.repeats, cfg.seed, used["floor"])
     peaks = {name: comparing.peak_of(v) for name, v in variants.items() if name in used["memory"]}
-    found = {name: _values(figure, runs, peaks) for name, figure in chosen.figures.items()}
+    found = {
+        name: comparing.answering(variants[figure.of], own.repeats)
+        if figure.kind == "answering"
+        else _values(figure, runs, peaks)
+        for name, figure in chosen.figures.items()
+    }
     result = {
         "figures": {name: {"median": statistics.median(values), "runs": values} for name, values in found.items()},
         "runs": runs,

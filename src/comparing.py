@@ -8,7 +8,8 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 WARM = 1  # micro-batches that are not counted
 PEAK = "peak.json"
+ANSWERED = 64  # prompts
 
 
 class Steps:
@@ -46,7 +48,8 @@ class Steps:
         if self.scratch is not None:
             self.data = self._captured(Path(self.scratch.name) / "store")
         self.rows = train.rows_for(self.data, self.base)
-        self.store = stored.of(self.data, self.base, self.heads(), self.rows, cfg.seed)
+        skip_masked = self.settings.loss.skip_masked
+        self.store = stored.of(self.data, self.base, self.heads(), self.rows, cfg.seed, skip_masked=skip_masked)
         self.batch_size = self._batch_size()
 
     def heads(self) -> dict[str, Head]:
@@ -134,6 +137,24 @@ def timed(
             f"run {number + 1} of {repeats}: " + ", ".join(f"{n} {r[-1]['step_ms']:.0f} ms" for n, r in found.items())
         )
     return found
+
+
+def answering(cfg: DictConfig, repeats: int) -> list[float]:
+    """How many times as many tokens per CPU-second the base writes with ANSWERED prompts at a time as with one."""
+    from draftsmith.data import chat
+    from draftsmith.data.prompts import PromptsConfig, make_up
+
+    base = prepare.load_base(config.typed(cfg.base, prepare.BaseConfig, "base"))
+    asked = make_up(PromptsConfig(synthetic=ANSWERED, seed=77))
+    ids = [chat.prompt_ids(base.tokenizer, r.messages, r.where) for r in asked]
+    base.answer(ids[:2], max_new_tokens=4)
+
+    def rate(some: Sequence[Sequence[int]], batch_size: int) -> float:
+        began = time.process_time()
+        written = sum(map(len, base.answer(some, max_new_tokens=96, batch_size=batch_size)))
+        return written / (time.process_time() - began)
+
+    return [rate(ids, ANSWERED) / rate(ids[: ANSWERED // 4], 1) for _ in range(repeats)]
 
 
 def peak_of(cfg: DictConfig) -> int:

@@ -144,57 +144,44 @@ class KV(Protocol):
     @property
     def length(self) -> int:
         """Slots in use."""
-        ...
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Append key and value [B, H, Q, head_dim] to a layer's; returns all of it, [B, H, S, head_dim]."""
-        ...
 
     @property
     def windowed(self) -> bool:
         """Whether it must be told where its slots stand (`place`)."""
-        ...
 
     def crop(self, length: int) -> None:
         """Forget every slot from `length` on."""
-        ...
 
     def fork(self) -> KV:
         """An independent copy."""
-        ...
 
     def place(self, positions_BQ: Tensor, layer_idx: int) -> Tensor:
         """Before an `update` from outside a forward: where the slots to come stand; returns those of all slots."""
-        ...
 
     def keep(self, start: int, path_A: Tensor) -> None:
         """Of the slots from `start` on keep start + path_A (ascending), moved up to `start`, no others."""
-        ...
 
     def row(self, row: int, length: int) -> KV:
         """One row's first `length` slots, as a K/V of its own in the same memory."""
-        ...
 
     def reserve(self, slots: int) -> None:
         """Make room for so many slots, so that views of rows stay views."""
-        ...
 
     def adopt(self, row: int, source: int, target: int, count: int) -> None:
         """Copy a row's `count` slots from `source` on to `target` on, in every layer."""
-        ...
 
     def lengthen(self, layers: int, length: int) -> None:
         """Layers 0..layers-1 hold `length` slots, which were written through views of rows."""
-        ...
 
     def keep_rows(self, start: int, lengths: list[int], paths: list[list[int]]) -> None:
         """`keep` for rows of different lengths: of the slots from `start` on row b keeps start + paths[b], moved to
         lengths[b] on; `length` is then the longest row's."""
-        ...
 
     def leave(self, row: int) -> None:
         """Forget a row; the last one takes its place."""
-        ...
 
 
 class BaseView(Protocol):
@@ -204,7 +191,6 @@ class BaseView(Protocol):
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Input embedding rows E(x) [B, T, D], with the family's own scaling."""
-        ...
 
     def run_layers(
         self,
@@ -217,43 +203,35 @@ class BaseView(Protocol):
         kv: KV | None = None,
     ) -> Tensor:
         """Blocks start..stop-1 on the residual stream. mask True = may attend; None = causal."""
-        ...
 
     def final_norm(self, hidden_BTD: Tensor) -> Tensor: ...
 
     def lm_head(self, final_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] as the base computes them (bias and soft-capping included)."""
-        ...
 
     @property
     def lm_head_weight(self) -> Tensor:
         """[V, D], frozen."""
-        ...
 
     @property
     def lm_head_bias(self) -> Tensor | None:
         """[V] or None."""
-        ...
 
     @property
     def lm_head_softcap(self) -> float | None:
         """c, where the base bounds its logits z to c tanh(z / c)."""
-        ...
 
     def new_kv(self, num_layers: int | None = None) -> KV:
         """Empty K/V of the base, or of `num_layers` blocks of a head's own."""
-        ...
 
     def block_weights(self, layer: int) -> Mapping[str, Tensor]:
         """The parameters of block `layer` by Llama's names; only where spec.llama_blocks."""
-        ...
 
     def to(self, device: torch.device | str) -> BaseView: ...
 
     @property
     def adapter(self) -> nn.Module | None:
         """What is trained of it, if anything."""
-        ...
 
     def capture(
         self,
@@ -268,7 +246,6 @@ class BaseView(Protocol):
         """One forward, as far up as `needs` asks. Without positions they count on from the K/V's length; mask as
         in run_layers. entered (layer, hidden [B, Q, D]): blocks 0..layer-1 have run for these tokens already,
         and their K/V holds them."""
-        ...
 
 
 @dataclass
@@ -378,14 +355,6 @@ class Head(nn.Module, ABC):
 
     def attach(self, beside: Any) -> None:
         object.__setattr__(self, "beside", beside)  # past nn.Module, which would take a module for a part of this one
-
-    def places(self, counted: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(where_N, counted_N): which entries of `counted` (bool, flattened) its loss looks at, and which of those
-        count; None: all."""
-        counted_P = counted.flatten()
-        if self.skip_masked:
-            return counted_P.nonzero().squeeze(1), None
-        return torch.arange(len(counted_P), device=counted_P.device), counted_P
 
     @property
     @abstractmethod

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from draftsmith.data.store import Kept, Store
 
 
-def of(data: DataConfig, base: BaseLM, heads: Mapping[str, Head], chosen: Chosen, seed: int) -> Store | None:
+def of(
+    data: DataConfig, base: BaseLM, heads: Mapping[str, Head], chosen: Chosen, seed: int, *, skip_masked: bool = True
+) -> Store | None:
     """The store of data.path, if it is one, after every check. Collective; refusals come before step 1."""
     if not supply.is_store(data.path):
         return None
@@ -38,7 +40,7 @@ def of(data: DataConfig, base: BaseLM, heads: Mapping[str, Head], chosen: Chosen
         found.reads = reads(found.kept, heads)
         measured = [] if data.validation.path else [chosen.validation]
         for rows in [chosen.training, *measured]:
-            check_positions(found, heads, rows)
+            check_positions(found, heads, rows, skip_masked=skip_masked)
         return found
 
     found = processes.together(look)
@@ -98,13 +100,13 @@ def reads(kept: Kept, heads: Mapping[str, Head]) -> Needs:
     return found
 
 
-def check_positions(store: Store, heads: Mapping[str, Head], rows: Rows) -> None:
-    """DataError names the head that would look where the store kept nothing."""
+def check_positions(store: Store, heads: Mapping[str, Head], rows: Rows, *, skip_masked: bool = True) -> None:
+    """DataError names the head that would look where the store kept nothing; without skip_masked that is all."""
     from draftsmith.data.store import counted, every
 
     for name, head in heads.items():
         states = bool(head.needs.hidden & store.reads.hidden) or (head.needs.final and store.reads.final)
-        reads_all = states and not head.reads_counted
+        reads_all = states and not (head.reads_counted and skip_masked)
         wanted = every(rows) if reads_all else counted(rows, head.horizon)
         soft = head.needs.teacher or (store.reads.teacher and getattr(head.config, "teacher_top_k", None) is not None)
         lacking = int(np.count_nonzero(wanted & ~store.flags)) if states or soft else 0

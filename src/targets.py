@@ -43,6 +43,15 @@ def count_targets(mask_BT: Tensor, documents_BT: Tensor, horizon: int) -> Tensor
     return torch.stack(counts).to(torch.int64)
 
 
+def places(counted: Tensor, skip_masked: bool) -> tuple[Tensor, Tensor | None]:
+    """(where_N, counted_N): which entries of `counted` (bool, flattened) a loss looks at, and which of those count;
+    None: all."""
+    counted_P = counted.flatten()
+    if skip_masked:
+        return counted_P.nonzero().squeeze(1), None
+    return torch.arange(len(counted_P), device=counted_P.device), counted_P
+
+
 @dataclass(frozen=True)
 class Lessons:
     """Which of the base's distributions teach, and whom. Positions count through all rows: b * T + t.

@@ -38,7 +38,7 @@ from draftsmith.errors import ConfigError
 from draftsmith.heads.blocks import DecoderLayer, ResBlock, as_head, project
 from draftsmith.losses import linear_cross_entropy
 from draftsmith.roles import Proposal, State
-from draftsmith.targets import counted_targets, future_tokens
+from draftsmith.targets import counted_targets, future_tokens, places
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Clover(Head):
         tokens_BT, documents_BT, depths = batch.tokens_BT, batch.documents_BT, range(1, self.config.num_heads + 1)
         wanted = [counted_targets(tokens_BT, batch.mask_BT, documents_BT, k + 1) for k in depths]
         target_KP, counted_KP = (torch.stack(t).flatten(1) for t in zip(*wanted, strict=True))
-        at_M, _ = self.places(counted_KP.any(0))  # where any head learns
+        at_M, _ = places(counted_KP.any(0), self.skip_masked)  # where any head learns
         hidden_BTD = seen.hidden[self.spec.num_layers]
         start_MD = self.context(base, hidden_BTD, batch.positions_BT, batch.visible()).flatten(0, 1)[at_M]
         hidden_MD = start_MD
@@ -171,7 +171,7 @@ class Clover(Head):
             newest_BT, _ = future_tokens(tokens_BT, documents_BT, k if self.config.regressive else 1)
             before_MD = hidden_MD if self.config.regressive else start_MD
             hidden_MD = self.connect(base, k, before_MD, newest_BT.flatten()[at_M])
-            learns_N, counted_N = self.places(counted_KP[k - 1, at_M])
+            learns_N, counted_N = places(counted_KP[k - 1, at_M], self.skip_masked)
             where_N = at_M[learns_N]
             target_N = target_KP[k - 1, where_N]
             summed, best_N = linear_cross_entropy(

@@ -31,7 +31,7 @@ from draftsmith.growth import Level
 from draftsmith.heads.blocks import ResBlock, as_head
 from draftsmith.losses import linear_cross_entropy
 from draftsmith.roles import Proposal, State
-from draftsmith.targets import counted_targets
+from draftsmith.targets import counted_targets, places
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Medusa(Head):
         in_a_row = torch.zeros_like(count)
         for k, weight in enumerate(self.config.weights, start=1):
             target_BT, counted_BT = counted_targets(batch.tokens_BT, batch.mask_BT, batch.documents_BT, k + 1)
-            where, counted_N = self.places(counted_BT)
+            where, counted_N = places(counted_BT, self.skip_masked)
             target_N = target_BT.reshape(-1)[where]
             hidden_ND = self.hidden(k, final_BTD.flatten(0, 1)[where])
             weight_VD, bias_V = self.projection(k, base)
