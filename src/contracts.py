@@ -242,10 +242,11 @@ class BaseView(Protocol):
         mask_BQS: Tensor | None = None,
         kv: KV | None = None,
         entered: tuple[int, Tensor] | None = None,
+        documents_BQ: Tensor | None = None,
     ) -> Capture:
-        """One forward, as far up as `needs` asks. Without positions they count on from the K/V's length; mask as
-        in run_layers. entered (layer, hidden [B, Q, D]): blocks 0..layer-1 have run for these tokens already,
-        and their K/V holds them."""
+        """One forward, as far up as `needs` asks. Without positions they count on from the K/V's length; mask as in
+        run_layers; documents_BQ, in its place and without a K/V: `Batch.documents_BT`. entered (layer, hidden
+        [B, Q, D]): blocks 0..layer-1 have run for these tokens already, and their K/V holds them."""
 
 
 @dataclass
@@ -271,13 +272,16 @@ class Batch:
     def visible(self) -> Tensor:
         """mask_BTT: what each position may attend to: its own document, up to itself. (Padding sees padding,
         so that no row is empty.)"""
-        documents_BT = self.documents_BT
-        same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-        return same_BTT.tril()
+        return visible(self.documents_BT)
 
     def to(self, device: torch.device | str) -> Batch:
         moved: dict[str, Any] = {k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()}
         return Batch(**moved)
+
+
+def visible(documents_BT: Tensor) -> Tensor:
+    """mask_BTT: the same document, up to oneself."""
+    return (documents_BT[:, :, None] == documents_BT[:, None, :]).tril()
 
 
 @dataclass

@@ -14,7 +14,8 @@ from draftsmith.errors import ConfigError
 from draftsmith.training import processes
 
 if TYPE_CHECKING:
-    from draftsmith.base.lm import BaseLM, Outline
+    from draftsmith.base.lm import BaseLM
+    from draftsmith.base.outlines import Outline
 
 
 def run(cfg: DictConfig) -> Path:

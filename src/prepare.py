@@ -26,7 +26,8 @@ from draftsmith.errors import ConfigError
 from draftsmith.training import processes
 
 if TYPE_CHECKING:
-    from draftsmith.base.lm import BaseLM, Outline
+    from draftsmith.base.lm import BaseLM
+    from draftsmith.base.outlines import Outline
     from draftsmith.base.pieces import Cutter
 
 
@@ -107,9 +108,9 @@ def path_of(base: BaseConfig) -> str:
 
 def outline(base: BaseConfig) -> Outline:
     """The base without its weights, made first if it has a recipe."""
-    from draftsmith.base import lm
+    from draftsmith.base import outlines
 
-    told = lm.outline(path_of(base), revision=base.revision, trust_remote_code=base.trust_remote_code)
+    told = outlines.outline(path_of(base), revision=base.revision, trust_remote_code=base.trust_remote_code)
     return replace(told, spec=replace(told.spec, quantised=base.quantise or ""))
 
 

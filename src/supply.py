@@ -24,7 +24,8 @@ from draftsmith.data.sources import SourceConfig
 from draftsmith.errors import ConfigError, DataError, Interrupted, PeerError
 
 if TYPE_CHECKING:
-    from draftsmith.base.lm import BaseLM, Outline
+    from draftsmith.base.lm import BaseLM
+    from draftsmith.base.outlines import Outline
     from draftsmith.data.generate import Setting
 
 START = 120.0  # seconds that a process waits for the first one to begin

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,17 +19,17 @@ import torch
 from torch import Tensor
 
 from draftsmith import contracts
-from draftsmith.base import lora, masks, recompute
+from draftsmith.base import attention, lora, masks, recompute
 from draftsmith.base.answering import Sampling, answer
 from draftsmith.base.compiling import compile_blocks
 from draftsmith.base.families import layer_types, part, paths_of, windows
 from draftsmith.base.generation import bare_loop, generate
 from draftsmith.base.kv import KV
-from draftsmith.base.loading import outline_of, read
+from draftsmith.base.loading import read
 from draftsmith.base.quantise import BlockWeights, made_dense, quantise
 from draftsmith.base.settings import LoraConfig
 from draftsmith.base.spec import eos_ids_of, spec_of, weights_sha256
-from draftsmith.contracts import BaseSpec, Capture, Needs
+from draftsmith.contracts import Capture, Needs
 from draftsmith.errors import ConfigError, DataError
 
 
@@ -48,6 +47,8 @@ class BaseLM:
         paths = paths_of(model.config)
         if model.config._attn_implementation not in ("eager", paths.attention):
             model.set_attn_implementation(paths.attention)
+        if paths.llama_blocks and model.config._attn_implementation == "sdpa":
+            attention.install(model)
         model.eval().requires_grad_(False)
         self.model = model
         self.tokenizer = tokenizer
@@ -67,7 +68,7 @@ class BaseLM:
         self._kinds = list(zip(types, spans, strict=True))
         self._windowed = any(window is not None for window in spans)
         self.adapter: lora.Adapter | None = None
-        self.recompute = False
+        self.recompute = self._compiled = False
 
     def add_adapter(self, source: LoraConfig | Path) -> BaseLM:
         """Gives the base a new adapter to train, or a saved one; returns itself. spec.adapter_sha256 then names the
@@ -104,6 +105,7 @@ class BaseLM:
     def compile(self) -> BaseLM:
         """Every block through torch.compile (compiling.py); returns itself. Needs a C++ compiler."""
         compile_blocks(self._layers)
+        self._compiled = True
         return self
 
     def quantise(self, kind: str) -> BaseLM:
@@ -190,6 +192,7 @@ class BaseLM:
         mask_BQS: Tensor | None = None,
         kv: contracts.KV | None = None,
         entered: tuple[int, Tensor] | None = None,
+        documents_BQ: Tensor | None = None,
     ) -> Capture:
         """One forward, without gradients unless an adapter is trained; keeps what `needs` names and nothing else.
 
@@ -198,14 +201,15 @@ class BaseLM:
         """
         if needs.teacher:  # the base itself teaches by what its lm_head reads
             needs = dataclasses.replace(needs, final=True, teacher=False)
+        how = (tokens_BQ, positions_BQ, mask_BQS, documents_BQ)
         if needs.original:
             with lora.switched_off(self.model), torch.no_grad():
-                original = self._capture(Needs(final=True), tokens_BQ, positions_BQ, mask_BQS, None, None).final
+                original = self._capture(Needs(final=True), *how, None, None).final
             needs = dataclasses.replace(needs, original=False)
-            seen = self.capture(needs, tokens_BQ, positions_BQ=positions_BQ, mask_BQS=mask_BQS, kv=kv, entered=entered)
-            return dataclasses.replace(seen, original=original)
+            with torch.set_grad_enabled(needs.adapter and torch.is_grad_enabled()):
+                return dataclasses.replace(self._capture(needs, *how, kv, entered), original=original)
         with torch.set_grad_enabled(needs.adapter and torch.is_grad_enabled()):
-            return self._capture(needs, tokens_BQ, positions_BQ, mask_BQS, kv, entered)
+            return self._capture(needs, *how, kv, entered)
 
     def _capture(
         self,
@@ -213,6 +217,7 @@ class BaseLM:
         tokens_BQ: Tensor,
         positions_BQ: Tensor | None,
         mask_BQS: Tensor | None,
+        documents_BQ: Tensor | None,
         kv: contracts.KV | None,
         entered: tuple[int, Tensor] | None,
     ) -> Capture:
@@ -229,7 +234,12 @@ class BaseLM:
         assert begin <= min(wanted, default=begin), (
             f"hidden {sorted(wanted)} of a forward that begins above block {begin}"
         )
+        spans = None if documents_BQ is None else self._spans(documents_BQ)
+        if documents_BQ is not None and spans is None:
+            mask_BQS = contracts.visible(documents_BQ)
         inputs = self._block_inputs(hidden_BQD, begin, positions_BQ, mask_BQS, kv, counted) if top > begin else {}
+        for given in inputs.values() if spans is not None else ():
+            given |= {"spans": spans, "attention_mask": None}
         seen = {begin: hidden_BQD} if begin in wanted else {}
         for layer in range(begin, top):
             hidden_BQD = self._run_block(layer, hidden_BQD, inputs)
@@ -239,6 +249,13 @@ class BaseLM:
             return Capture(seen)
         final_BQD = self._norm(hidden_BQD)
         return Capture(seen, final_BQD if needs.final else None, self.lm_head(final_BQD) if needs.logits else None)
+
+    def _spans(self, documents_BQ: Tensor) -> attention.Spans | None:
+        """The documents, where its blocks can take one after the other; None: a mask has to tell them apart."""
+        if self.model.config._attn_implementation != attention.NAME or documents_BQ.is_cuda or self._compiled:
+            return None
+        spans, shortest = attention.spans_of(documents_BQ), min((w for _, w in self._kinds if w), default=None)
+        return None if shortest and any(stop - start > shortest for _, start, stop in spans) else spans
 
     def _run_block(self, layer: int, hidden_BQD: Tensor, inputs: dict[Any, dict[str, Any]]) -> Tensor:
         block, given = self._layers[layer], inputs[self._kinds[layer]]
@@ -376,21 +393,3 @@ def load(
     if quantise:
         base.quantise(quantise)  # before it moves: the dense weights never lie on the device
     return (base.add_adapter(Path(adapter)) if adapter else base).to(device)
-
-
-@dataclass(frozen=True)
-class Outline:
-    """A base without its weights: what encoding chats and talking to a server that holds it need."""
-
-    spec: BaseSpec
-    tokenizer: Any
-    eos_ids: frozenset[int]
-
-
-def outline(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Outline:
-    """The base's sizes, fingerprints, tokenizer and end tokens, equal to those of `load`; no weight is read."""
-    model, tokenizer = outline_of(path, revision, trust_remote_code)
-    if Path(path).is_dir():
-        path = str(Path(path).resolve())
-    spec = spec_of(model, paths_of(model.config), tokenizer, path, revision)
-    return Outline(spec, tokenizer, eos_ids_of(model, tokenizer))

@@ -29,7 +29,7 @@ def own_words(base: BaseView, rows: Rows, length: int, device: torch.device | st
     for pack in best_fit(rows.lengths_N.tolist(), length):
         batch = collate([[rows[n] for n in pack]], length, torch.zeros(1)).to(device)
         seen = base.capture(
-            Needs(final=True), batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible()
+            Needs(final=True), batch.tokens_BT, positions_BQ=batch.positions_BT, documents_BQ=batch.documents_BT
         )
         assert seen.final is not None
         target_BT, counted_BT = counted_targets(batch.tokens_BT, batch.mask_BT, batch.documents_BT, 1)

@@ -151,7 +151,9 @@ class Job:
         device, kept = self.base.lm_head_weight.device, self.kept
         batch, of_P = part.batch.to(device), part.of_P.to(device)
         needs = Needs(frozenset(kept.hidden), final=kept.final, teacher=kept.teacher_top_k is not None)
-        seen = self.base.capture(needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
+        seen = self.base.capture(
+            needs, batch.tokens_BT, positions_BQ=batch.positions_BT, documents_BQ=batch.documents_BT
+        )
         flat = seen.each(lambda t: t.flatten(0, 1)[of_P])
         found: dict[str, Tensor] = {}
         states = {f"hidden.{layer}": flat.hidden[layer] for layer in kept.hidden}

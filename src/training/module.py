@@ -37,7 +37,9 @@ def captured(base: BaseView, needs: Needs, batch: Batch) -> Capture:
     missing = needs.beyond(kept)
     if batch.seen is not None and missing == Needs():
         return kept
-    return kept | base.capture(missing, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
+    return kept | base.capture(
+        missing, batch.tokens_BT, positions_BQ=batch.positions_BT, documents_BQ=batch.documents_BT
+    )
 
 
 class TrainModule(L.LightningModule):

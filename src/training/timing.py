@@ -72,8 +72,9 @@ class StepTimer(L.Callback):
     def _forward(self, module: Any, batch: Batch) -> float:
         began = self._now()
         with torch.no_grad(), torch.autocast(batch.tokens_BT.device.type, enabled=False):
-            visible = batch.visible()
-            module.base.capture(Needs(final=True), batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=visible)
+            module.base.capture(
+                Needs(final=True), batch.tokens_BT, positions_BQ=batch.positions_BT, documents_BQ=batch.documents_BT
+            )
         return self._now() - began
 
     def _lap(self, part: str) -> None:

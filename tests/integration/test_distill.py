@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from draftsmith import config, distill, supply
-from draftsmith.base import lm
+from draftsmith.base import outlines
 from draftsmith.data import importing
 from draftsmith.data.rows import read_folder
 from draftsmith.data.settings import DataConfig
@@ -161,7 +161,7 @@ def test_weights_of_prompts_reach_the_training(micro: Path, folder: Path, tmp_pa
     rows, facts = read_folder(tmp_path / "rows")
     assert facts["weights"] == {"a": 3.0}
     data = DataConfig(path=str(tmp_path / "rows"))
-    spec = lm.outline(str(micro / "base")).spec
+    spec = outlines.outline(str(micro / "base")).spec
     assert set(importing.choose(rows, data, spec, None, facts["weights"]).weights_N) == {3.0}
 
 
