@@ -19,7 +19,14 @@ from draftsmith.data.module import RowsModule, Steps
 from draftsmith.data.rows import Row
 from draftsmith.heads.medusa import Medusa, MedusaConfig
 from draftsmith.training import fit
-from draftsmith.training.settings import OptimizerConfig, SchedulerConfig, Settings, StrategyConfig, TrainerConfig
+from draftsmith.training.settings import (
+    LossConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    Settings,
+    StrategyConfig,
+    TrainerConfig,
+)
 
 LENGTH = 16
 TIES = {"base": "b", "rows": "r"}
@@ -88,6 +95,8 @@ class Plan:
     measured: int = 0  # packs that are not learned
     validate_every: int | None = None
     more: Sequence[L.Callback] = ()
+    loss: LossConfig = field(default_factory=LossConfig)
+    packing: bool = True
 
 
 @pytest.fixture
@@ -104,6 +113,7 @@ def train(base: BaseLM) -> Callable[..., Run]:
             "accumulate": plan.accumulate,
             "horizon": max(h.horizon for h in heads.values()),
             "seed": 3,
+            "packing": plan.packing,
         }
         trainer = TrainerConfig(
             max_steps=plan.steps,
@@ -126,7 +136,7 @@ def train(base: BaseLM) -> Callable[..., Run]:
             run_dir=run_dir,
             steps=plan.steps,
             seed=3,
-            settings=Settings(trainer, StrategyConfig(), plan.optimizer, plan.scheduler, torch.optim.AdamW),
+            settings=Settings(trainer, StrategyConfig(), plan.optimizer, plan.scheduler, torch.optim.AdamW, plan.loss),
             ties=plan.ties,
             validate_every=plan.validate_every,
             more=plan.more,

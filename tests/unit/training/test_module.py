@@ -15,7 +15,7 @@ from draftsmith.errors import NumericsError
 from draftsmith.heads.medusa import Medusa, MedusaConfig
 from draftsmith.training import fit
 from draftsmith.training.module import rekeyed
-from draftsmith.training.settings import OptimizerConfig, SchedulerConfig
+from draftsmith.training.settings import LossConfig, OptimizerConfig, SchedulerConfig
 
 Train = Callable[..., Any]
 TWO = {"a": MedusaConfig(num_heads=2), "b": MedusaConfig(num_heads=1, num_layers=2, share_lm_head=True)}
@@ -221,3 +221,23 @@ def test_rehearsal_finds_what_is_not_finite(base: BaseLM, stream: Callable[..., 
         head.lm_heads[0].weight[0, 0] = float("nan")
     with pytest.raises(NumericsError, match="a: the first batch's loss is nan"):
         fit.rehearse(base, {"a": head}, stream()[0])
+
+
+@pytest.mark.parametrize("skip_masked", [False, True])
+@pytest.mark.parametrize("impl", ["fused", "plain"])
+def test_how_a_loss_is_computed_changes_no_step(train: Train, tmp_path: Path, impl: str, skip_masked: bool) -> None:
+    """A bench's plain step is the same step: losses, metrics and weights, to rounding."""
+    usual = train(tmp_path / "usual", steps=4)
+    other = train(tmp_path / "other", steps=4, loss=LossConfig(impl, skip_masked))
+    for ours, theirs in zip(usual.lines, other.lines, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5)
+    pairs = zip(usual.heads["medusa"].parameters(), other.heads["medusa"].parameters(), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_padded_rows_are_the_same_step_as_packed_ones(train: Train, tmp_path: Path) -> None:
+    """All rows in one step, in sequences of their own or sharing them."""
+    packed = train(tmp_path / "packed", packs=4, batch_size=4, steps=1)
+    apart = train(tmp_path / "apart", packs=4, batch_size=8, steps=1, packing=False)
+    assert apart.lines[0] == pytest.approx(packed.lines[0], rel=1e-5)
