@@ -310,7 +310,7 @@ def test_it_starts_from_seed_and_name_alone(variant: Variant, make: Any) -> None
 @every_head
 def test_the_loss_falls_on_one_batch(variant: Variant, make: Any) -> None:
     base, head = make(variant, 0.0)
-    losses = train(base, head, a_batch(head), 60)
+    losses = train(base, head, a_batch(head), 40)
     assert all(torch.isfinite(torch.tensor(losses)))
     assert 0 <= losses[-1] < 0.7 * losses[0]
 
