@@ -11,10 +11,11 @@ cd -- "$root"
 [ "${LINT:-1}" = 0 ] || scripts/lint.sh
 
 # Nothing is downloaded or uploaded, and the two workers do not fight over the cores. A file's tests share what it set
-# up, so one worker has them all (xdist's own groups have no effect under pytest 9.2).
+# up, so one worker has them all (xdist's own groups have no effect under pytest 9.2). Files come in their own order,
+# the unit tests last: xdist would begin with those of the most tests, and end with one worker alone in a long file.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 status=0
-"$VENV/bin/python" -m pytest -q -n 2 --dist loadfile "$@" || status=$?
+"$VENV/bin/python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
 if [ "$status" = 5 ]; then
     echo "test: no test was chosen by: pytest $*" >&2
 fi

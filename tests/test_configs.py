@@ -1,6 +1,7 @@
 """Every yaml of conf/ composes through the verbs that offer it, fits its dataclass and builds what it names."""
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterator
 from importlib import import_module
@@ -73,6 +74,7 @@ CHOICES = {folder.name: sorted(p.stem for p in folder.glob("*.yaml")) for folder
 CHOICES = {group: names for group, names in sorted(CHOICES.items()) if names}
 
 
+@functools.cache
 def defaults_of(verb: str) -> dict[str, list[str]]:
     """group -> what the verb chooses of it when nothing is said; [] for none."""
     entries = [e for e in OmegaConf.load(CONF / f"{verb}.yaml").defaults if OmegaConf.is_dict(e)]

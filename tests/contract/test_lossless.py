@@ -10,6 +10,7 @@ K/V start with room for four slots here, and memory that nobody has written to h
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,10 +96,14 @@ def test_the_bases_have_something_to_say(family: str, spoken: Any, answers: Any)
             assert len({token for answer in answers(base, rules) for token in answer}) >= 6
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("rules", CHOSEN)
-@pytest.mark.parametrize("family", FAMILIES)
+def halved(*choices: list[Any]) -> list[Any]:
+    """All combinations. Half of them, in which any choice meets any two others, is quick; the rest is slow."""
+    at = itertools.product(*(range(len(some)) for some in choices))
+    slow = [[pytest.mark.slow] if sum(where) % 2 else [] for where in at]
+    return [pytest.param(*c, marks=m) for c, m in zip(itertools.product(*choices), slow, strict=True)]
+
+
+@pytest.mark.parametrize(("family", "rules", "shape", "rows"), halved(FAMILIES, [*CHOSEN], [*SHAPES], [1, 4]))
 def test_chosen_drafts_leave_every_token_as_it_is(
     anyone: Any, family: str, rules: str, shape: str, rows: int, run: Any, made: Any, answers: Any
 ) -> None:

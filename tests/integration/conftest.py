@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
-import sys
+import tempfile
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -56,17 +58,54 @@ def lines(path: Path, rows: list) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def environment_of(cwd: Path, more: dict[str, str]) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DRAFTSMITH_CACHE": str(cwd / "cache"), **more}
+
+
 def start(command: list[str], cwd: Path, **environment: str) -> subprocess.Popen:
     """The command in its own process, with nothing but what a user has; stderr joins stdout."""
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "DRAFTSMITH_CACHE": str(cwd / "cache"), **environment}
-    return subprocess.Popen(
-        command, cwd=cwd, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment_of(cwd, environment), text=True, **how)
+
+
+# Importing torch, transformers and lightning takes 9 CPU-seconds, most trainings of these tests not one. So one process
+# imports them once and does nothing else; the others are forked from it.
+WARM = multiprocessing.get_context("forkserver")
+WARM.set_forkserver_preload(["draftsmith.training.fit", "transformers.models.llama.modeling_llama"])
+
+
+class Fork:
+    """A process of its own that is `python -m draftsmith.<verb>` but for the time that importing takes."""
+
+    def __init__(self, verb: str, *overrides: str, cwd: Path, **environment: str) -> None:
+        self.output = tempfile.NamedTemporaryFile("r")  # noqa: SIM115 (as long as this)
+        order = {
+            "module": f"draftsmith.{verb}",
+            "arguments": overrides,
+            "cwd": str(cwd),
+            "environment": environment_of(cwd, environment),
+            "output": self.output.name,
+        }
+        script = str(Path(__file__).with_name("forked.py"))
+        self.process = WARM.Process(target=runpy.run_path, args=(script, {"ORDER": order}))
+        self.process.start()
+        self.pid: int = self.process.pid  # type: ignore[assignment]
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def finish(self, seconds: float) -> tuple[int, str]:
+        self.process.join(seconds)
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+            raise subprocess.TimeoutExpired(str(self.pid), seconds, self.output.read())
+        return code, self.output.read()
 
 
 def draftsmith(verb: str, *overrides: str, cwd: Path, **environment: str) -> tuple[int, str]:
     """(exit code, output) of `python -m draftsmith.<verb>`."""
-    return finish(start([sys.executable, "-m", f"draftsmith.{verb}", *overrides], cwd, **environment))
+    return finish(Fork(verb, *overrides, cwd=cwd, **environment))
 
 
 def call(verb: str, *overrides: str, cwd: Path) -> tuple[int, str]:
@@ -83,6 +122,8 @@ def call(verb: str, *overrides: str, cwd: Path) -> tuple[int, str]:
     return 0, told.getvalue()
 
 
-def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str]:
+def finish(process: subprocess.Popen | Fork, seconds: float = 240) -> tuple[int, str]:
+    if isinstance(process, Fork):
+        return process.finish(seconds)
     output, _ = process.communicate(timeout=seconds)
     return process.returncode, output

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,7 +17,7 @@ from draftsmith.data import importing
 from draftsmith.data.rows import read_folder
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError, DataError, PeerError
-from tests.integration.conftest import call, finish, lines, start
+from tests.integration.conftest import Fork, call, finish, lines
 
 GENERATION = ["data.generation.max_new_tokens=10", "data.generation.batch_size=3", "data.generation.shard_rows=4"]
 
@@ -84,8 +83,8 @@ def test_another_command_does_not_go_on(micro: Path, folder: Path, tmp_path: Pat
 
 def test_several_processes_make_the_rows_of_one(micro: Path, folder: Path, tmp_path: Path) -> None:
     """Two at once, told by torchrun's variables; three by srun's, one after the other."""
-    call = [sys.executable, "-m", "draftsmith.distill", *overrides(micro, folder, "out=two")]
-    ranks = [start(call, tmp_path, RANK=str(r), WORLD_SIZE="2") for r in (1, 0)]
+    asked = overrides(micro, folder, "out=two")
+    ranks = [Fork("distill", *asked, cwd=tmp_path, RANK=str(r), WORLD_SIZE="2") for r in (1, 0)]
     ended = [finish(p) for p in ranks]
     assert [code for code, _ in ended] == [0, 0], ended
     assert contents(folder / "one") == contents(tmp_path / "two")

@@ -117,7 +117,8 @@ def test_every_family_by_plain_equality(base: BaseLM, paths: Any, heads: Any, ex
     decoding = DecodingConfig(paths=paths)
     answers = expected(base)
     assert len({token for answer in answers for token in answer}) >= 15  # the bases have something to say
-    assert [generate(base, p, max_new_tokens=COUNT).tokens for p in PROMPTS] == answers
+    if paths is None:
+        assert [generate(base, p, max_new_tokens=COUNT).tokens for p in PROMPTS] == answers
     for head in heads(base).values():
         shape = decoding.shape(head.max_depth)
         assert [generate(base, p, drafter=head, shape=shape, max_new_tokens=COUNT).tokens for p in PROMPTS] == answers

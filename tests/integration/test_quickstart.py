@@ -1,10 +1,9 @@
-"""The whole loop, as `make quickstart` runs it, in full: the tiny base is made, trained on, proven, exported."""
+"""The whole loop, as `make quickstart` runs it: the tiny base is made, trained on, proven, exported."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,17 +13,24 @@ from draftsmith.data import synthetic
 from draftsmith.decoding.stats import Stats
 from draftsmith.prepare import cache_dir
 
-from .conftest import draftsmith, finish, start
+from .conftest import Fork, draftsmith, finish
 
 HEADS = 3
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+FEWER = "evaluate=['threads=1','repeats=1','baselines=few','prompts.synthetic=36']"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[[FEWER], pytest.param([], marks=pytest.mark.slow)],  # twelve more prompts, twice: half a minute more
+    ids=["timed once", "in full"],
+)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Its run directory and what it printed. The made base stays in the user's cache: made once, reused."""
     folder = tmp_path_factory.mktemp("quickstart")
-    command = [sys.executable, "-m", "draftsmith.quickstart"]
-    code, output = finish(start(command, folder, DRAFTSMITH_CACHE=str(cache_dir())), seconds=900)
+    process = Fork("quickstart", *request.param, cwd=folder, DRAFTSMITH_CACHE=str(cache_dir()))
+    code, output = finish(process, seconds=900)
     assert code == 0, output
     (found,) = (folder / "runs").iterdir()
     return found, output

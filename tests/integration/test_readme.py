@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, finish, start
+from .conftest import ROOT, draftsmith, finish, start
 
 README = (ROOT / "README.md").read_text()
 
@@ -29,7 +29,7 @@ def test_every_command_and_the_python_snippet(micro: Path, tmp_path: Path) -> No
     assert [c.split()[1] for c in commands] == ["distill", "train", "evaluate", "export"]
     for command in commands:
         verb, *overrides = command.split()[1:]
-        code, output = finish(start([sys.executable, "-m", f"draftsmith.{verb}", *overrides, *SMALL[verb]], tmp_path))
+        code, output = draftsmith(verb, *overrides, *SMALL[verb], cwd=tmp_path)
         assert code == 0, f"{command}\n{output}"
     told = json.loads((tmp_path / "run" / "evaluation.json").read_text())["decoding"]["prompts"]
     assert (told["count"], told["trained_on"]) == (2, 0)

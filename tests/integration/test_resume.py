@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 
 from draftsmith.artifacts import file_sha256
 
-from .conftest import draftsmith, finish, start
+from .conftest import Fork, draftsmith, finish
 
 STEPS = 40
 EPOCH = 8  # steps: the fixture's 16 packs, two a step
@@ -48,7 +47,7 @@ def reference(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
 
 def kill_when(folder: Path, command: list[str], checkpoint: str, number: int) -> tuple[int, str]:
     """Starts the run and sends the signal as soon as that checkpoint is complete."""
-    process = start([sys.executable, "-m", "draftsmith.train", *command], folder)
+    process = Fork("train", *command, cwd=folder)
     seal = f"runs/*/checkpoints/{checkpoint}/COMPLETE.json"
     deadline = time.monotonic() + 120
     while not list(folder.glob(seal)):

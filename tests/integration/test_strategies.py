@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from draftsmith.artifacts import file_sha256
 
 from . import pair
-from .conftest import finish
+from .conftest import call, finish
 from .conftest import start as begin
 
 LOSS = 1e-5  # relative, per step: as the issue of equality was stated
@@ -192,6 +192,8 @@ def test_nothing_needs_deepspeed_but_zero(training: list[str], tmp_path: Path) -
     code, output = finish(begin([sys.executable, "-c", BLOCKED, *given, "run_dir=run"], tmp_path))
     assert code == 0, output
     assert (tmp_path / "run" / "heads" / "medusa" / "model.safetensors").exists()
-    code, output = finish(begin([sys.executable, "-c", BLOCKED, *given, "strategy=zero2"], tmp_path))
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(sys.modules, "deepspeed", None)
+        code, output = call("train", *given, "strategy=zero2", cwd=tmp_path)
     assert code == 2, output
     assert "error: strategy: name='zero2': ZeRO needs DeepSpeed; pip install 'draftsmith[deepspeed]'" in output

@@ -170,7 +170,7 @@ exact = pytest.mark.parametrize("way", EXACT.values(), ids=EXACT)
 
 @exact
 def test_exact_ways_follow_the_base(way):
-    assert rejected(way, 3, 800)[0] == 0
+    assert rejected(way, 2, 800)[0] == 0
 
 
 def test_what_is_not_exact_is_found():

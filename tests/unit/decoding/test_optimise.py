@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from draftsmith import config
 from draftsmith.decoding import optimise, tree
-from draftsmith.decoding.engine import generate
+from draftsmith.decoding.engine import decode, generate
 from draftsmith.decoding.optimise import Candidate, Cost, Optimiser, costs_of, grown, smallest_of_the_best
 from draftsmith.decoding.probing import Counts, Position, Probing, TrueRanks, kept_by, probed, replayed
 from draftsmith.decoding.rules import Rules
@@ -67,8 +67,9 @@ def head(tiny_base: Any, noisy: Any) -> Callable[..., tuple[Any, Any]]:
 
 
 def decoded(base: Any, head: Any, spec: TreeSpec, how: dict[str, Any]) -> Stats:
-    shape = spec.shape(DEPTH)
-    return sum((generate(base, p, drafter=head, shape=shape, **how).stats for p in PROMPTS), Stats())
+    limits = {"shape": spec.shape(DEPTH), **{key: how[key] for key in ("max_new_tokens", "eos_ids", "rules")}}
+    found = decode(base, PROMPTS, drafters=head, seeds=[how["seed"]] * len(PROMPTS), **limits)
+    return sum((out.stats for out in found), Stats())
 
 
 def same(counts: Counts, stats: Stats) -> bool:

@@ -1,0 +1,24 @@
+"""What a forked process does to be `python -m draftsmith.<verb>` (conftest.py, Fork): its own folder, environment,
+output and end. Run by runpy with ORDER: module, arguments, cwd, environment, output."""
+
+import atexit
+import os
+import runpy
+import sys
+from typing import Any
+
+ORDER: dict[str, Any] = globals()["ORDER"]
+
+told = os.open(ORDER["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+for stream in (1, 2):
+    os.dup2(told, stream)
+os.setsid()
+os.chdir(ORDER["cwd"])
+os.environ.clear()
+os.environ.update(ORDER["environment"])
+sys.argv = ["-m", *ORDER["arguments"]]
+sys.path[0] = ORDER["cwd"]
+try:
+    runpy.run_module(ORDER["module"], run_name="__main__", alter_sys=True)
+finally:
+    atexit._run_exitfuncs()  # which multiprocessing leaves out
