@@ -166,6 +166,9 @@ def verify(folder: Path | str, *, manifest: str = MANIFEST) -> dict[str, Any]:
     files = facts.get("files") if isinstance(facts, dict) else None
     if not isinstance(files, dict) or any(not isinstance(w, dict) or w.keys() != SEALED for w in files.values()):
         raise DataError(f"{folder / manifest}: does not list files with sizes and sha256; it is damaged")
+    for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DataError(f"{folder / manifest}: lists {name}, which lies outside the folder")
     for name, want in files.items():
         path = folder / name
         if not path.is_file():

@@ -17,7 +17,7 @@ from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError, DataError
 from draftsmith.training.settings import Settings
 
-PLAIN = ("data.packing=false", "loss.impl=plain", "loss.skip_masked=false")
+PLAIN = ("data.packing=false", "loss.impl=plain", "loss.skip_masked=false", "capture=null")
 STEP, KINDS = "step", ("faster", "cost", "floor", "memory", "answering")
 UNTIMED = ("memory", "answering")  # kinds that time no training step
 MOVED = 0.15  # ratios repeat within about so much on a shared machine
@@ -58,6 +58,7 @@ class BenchConfig:
     memory: bool
     repeats: int
     capture: list[str] | None
+    only: list[str] | None
     against: str | None
     record: bool
     measure: bool
@@ -69,10 +70,20 @@ class BenchConfig:
             raise ConfigError("record: give the file too, as against=docs/benchmarks.json")
 
 
+def recorded(path: Path) -> dict[str, float]:
+    """name -> ratio, as record=true wrote them."""
+    told = artifacts.read_json(path)
+    if not isinstance(told, dict) or not isinstance(told.get("figures"), dict):
+        raise DataError(f"{path}: holds no recorded ratios; record=true writes them")
+    return told["figures"]
+
+
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Times the variants, measures their memory, prints ratios and writes bench.json."""
     own = config.typed({k: cfg[k] for k in BenchConfig.__dataclass_fields__}, BenchConfig, "bench")
     _check(cfg)
+    if own.against and not own.record:
+        recorded(Path(own.against))  # an hour before it is needed
     run_dir = config.run_dir(cfg, "bench")
     if own.measure:
         artifacts.write_json(run_dir / comparing.PEAK, {"extra": comparing.Steps(cfg, {}).peak()})
@@ -130,9 +141,15 @@ def _check(cfg: DictConfig) -> None:
 def _chosen(cfg: DictConfig, own: BenchConfig) -> FiguresConfig:
     """The published figures, or this configuration beside the plain step and, of several heads, beside each alone."""
     if cfg.get("figures") is not None:
-        return config.typed(cfg.figures, FiguresConfig, "figures")
+        found = config.typed(cfg.figures, FiguresConfig, "figures")
+        if own.only is None:
+            return found
+        if unknown := sorted(set(own.only) - set(found.figures)):
+            raise ConfigError(f"only: no figure {', '.join(unknown)}; there are {', '.join(found.figures)}")
+        return FiguresConfig(found.variants, {name: found.figures[name] for name in own.only})
     variants: dict[str, Any] = {STEP: []}
-    figures = {"over the base's forward": FigureConfig("floor", STEP)}
+    # a store is read ahead by a thread of its own, whose time a forward beside the step would take for its own
+    figures = {} if own.capture is not None else {"over the base's forward": FigureConfig("floor", STEP)}
     if own.plain:
         variants["plain"] = list(PLAIN)
         figures["faster than the plain step"] = FigureConfig("faster", STEP, ["plain"])
@@ -185,19 +202,18 @@ def _compare(path: Path, result: Mapping[str, Any], *, record: bool) -> None:
     """Says which ratios are other than they were when they were recorded, or records them."""
     now = {name: round(figure["median"], 3) for name, figure in result["figures"].items()}
     if record:
-        before = artifacts.read_json(path) if path.exists() else {}
-        artifacts.write_json(path, {"machine": result["machine"], "figures": {**before.get("figures", {}), **now}})
+        before = recorded(path) if path.exists() else {}
+        artifacts.write_json(path, {"machine": result["machine"], "figures": {**before, **now}})
         prepare.say(f"{len(now)} ratios recorded -> {path}")
         return
-    recorded = artifacts.read_json(path).get("figures")
-    if not isinstance(recorded, dict):
-        raise DataError(f"{path}: holds no recorded ratios; record=true writes them")
-    moved = {n: (recorded[n], now[n]) for n in now if n in recorded and abs(now[n] / recorded[n] - 1) > MOVED}
-    for name, (before, after) in moved.items():
-        prepare.say(f"moved: {name} {before:.2f} -> {after:.2f}")
-    new = [name for name in now if name not in recorded]
+    then = recorded(path)
+    moved = {n: (then[n], now[n]) for n in now if n in then and abs(now[n] / then[n] - 1) > MOVED}
+    for name, (old, new) in moved.items():
+        prepare.say(f"moved: {name} {old:.2f} -> {new:.2f}")
+    added = [name for name in now if name not in then]
     prepare.say(
-        f"{len(now) - len(moved) - len(new)} ratios within {MOVED:.0%} of {path}" + (f"; new: {new}" if new else "")
+        f"{len(now) - len(moved) - len(added)} ratios within {MOVED:.0%} of {path}"
+        + (f"; new: {added}" if added else "")
     )
 
 

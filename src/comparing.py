@@ -44,12 +44,12 @@ class Steps:
         self.base = bases[key]
         self.chosen = train.heads_of(cfg)
         self.whole = self.data.random is not None
-        self.scratch: Any = None if cfg.capture is None else tempfile.TemporaryDirectory()
+        self.scratch: Any = None if cfg.get("capture") is None else tempfile.TemporaryDirectory()
         if self.scratch is not None:
             self.data = self._captured(Path(self.scratch.name) / "store")
         self.rows = train.rows_for(self.data, self.base)
         skip_masked = self.settings.loss.skip_masked
-        self.store = stored.of(self.data, self.base, self.heads(), self.rows, cfg.seed, skip_masked=skip_masked)
+        self.store = stored.of(self.data, self.base, self.heads(), self.rows, skip_masked=skip_masked)
         self.batch_size = self._batch_size()
 
     def heads(self) -> dict[str, Head]:

@@ -149,7 +149,10 @@ def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def changed(cfg: DictConfig, verb: str, overrides: Sequence[str]) -> DictConfig:
-    """A copy of a verb's configuration with these overrides on top: key=value, ~key, or another choice of a group."""
+    """A verb's configuration with these overrides on top: key=value, ~key, or another choice of a group, in which what
+    the running command said of that group is kept."""
+    if HydraConfig.initialized() and HydraConfig.get().job.config_name == verb:
+        return compose(verb, [*HydraConfig.get().overrides.task, *overrides])
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     made = cfg.copy()

@@ -60,7 +60,7 @@ def soft_cross_entropy(
         if top_k is not None and not given:
             values_NT, ids_NT = taught_NV.topk(min(top_k, taught_NV.shape[1]), -1)
         p_NT = values_NT.softmax(-1, dtype=exact)
-        entropy_N = torch.special.entr(p_NT).sum(-1)
+        entropy_N = torch.special.entr(p_NT).sum(-1) if measure else p_NT.new_zeros(len(p_NT))
     total, sums, floors, overlaps, best, chance = x_KND.new_zeros((), dtype=exact), [], [], [], [], []
     for x_ND, weight, bias, factor, counted_N in zip(x_KND, weights, biases, factors, counted_KN, strict=True):
         log_q_NV = logits_of(x_ND, weight, bias, softcap).log_softmax(-1)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def of(
-    data: DataConfig, base: BaseLM, heads: Mapping[str, Head], chosen: Chosen, seed: int, *, skip_masked: bool = True
+    data: DataConfig, base: BaseLM, heads: Mapping[str, Head], chosen: Chosen, *, skip_masked: bool = True
 ) -> Store | None:
     """The store of data.path, if it is one, after every check. Collective; refusals come before step 1."""
     if not supply.is_store(data.path):
@@ -44,7 +44,7 @@ def of(
         return found
 
     found = processes.together(look)
-    checked = processes.together(lambda: store.compare(found, base, seed))
+    checked = processes.together(lambda: store.compare(found, base))
     missing = reduce(or_, (head.needs for head in heads.values())).beyond(held(found.reads))
     runs = f"; the base runs its first {max(missing.hidden)} layers for the rest" if missing.hidden else ""
     prepare.say(f"store: {folder}, {found.kept.dtype}, {checked} rows computed again and found equal{runs}")
@@ -91,11 +91,10 @@ def reads(kept: Kept, heads: Mapping[str, Head]) -> Needs:
                 f"head: {name} reads {' and '.join(whole)} of the base, which the store does not keep, so that the base"
                 f" would run whole; capture again with head=[{','.join(heads)}]"
             )
-        soft = needs.teacher or (needs.final and top_k is not None)
         found |= Needs(
             needs.hidden & set(kept.hidden),
             final=needs.final or (needs.teacher and not enough),
-            teacher=soft and enough,
+            teacher=needs.teacher and enough,
         )
     return found
 
@@ -108,8 +107,7 @@ def check_positions(store: Store, heads: Mapping[str, Head], rows: Rows, *, skip
         states = bool(head.needs.hidden & store.reads.hidden) or (head.needs.final and store.reads.final)
         reads_all = states and not (head.reads_counted and skip_masked)
         wanted = every(rows) if reads_all else counted(rows, head.horizon)
-        soft = head.needs.teacher or (store.reads.teacher and getattr(head.config, "teacher_top_k", None) is not None)
-        lacking = int(np.count_nonzero(wanted & ~store.flags)) if states or soft else 0
+        lacking = int(np.count_nonzero(wanted & ~store.flags)) if states or head.needs.teacher else 0
         if lacking:
             kept = f"those that predict a counted target up to {store.kept.horizon} ahead"
             raise DataError(

@@ -75,9 +75,12 @@ def check(data: DataConfig, *, labels: bool = False) -> None:
     for source in [*data.chosen.values(), *([own] if own else [])]:
         if source.path and (Path(source.path) / journal.ASKED).is_dir() and not is_rows(source.path):
             raise DataError(f"{source.path}: its rows are not complete; start that draftsmith distill again first")
-        if source.path and any(Path(source.path).glob("captures-*")) and not is_store(source.path):
+        begun = source.path and ((Path(source.path) / "rows").is_dir() and (Path(source.path) / "plan.json").exists())
+        if source.path and (begun or any(Path(source.path).glob("captures-*"))) and not is_store(source.path):
             raise DataError(f"{source.path}: its captures are not complete; start that draftsmith capture again first")
         sources.check(source, labels=labels)
+    if data.stored and not is_store(data.path):
+        raise DataError(f"data.path={data.path}: no store; draftsmith capture writes one, data=jsonl reads rows")
 
 
 def content(data: DataConfig) -> dict[str, str | None]:

@@ -132,7 +132,7 @@ def _run(
         prepare.say("note: the adapter learns beside heads that know nothing yet; start_from names trained ones")
     ties = {"base": " ".join([before, base.spec.adapter_sha256]).strip(), "rows": chosen_rows.training.sha256()}
     others = {name: told(other, cfg.drafter) for name, other in besides.items() if other is not None}
-    store = stored.of(data, base, heads, chosen_rows, cfg.seed, skip_masked=settings.loss.skip_masked)
+    store = stored.of(data, base, heads, chosen_rows, skip_masked=settings.loss.skip_masked)
     ties |= {} if store is None else {"store": str(prepare.content_sha256(data.path))}
     ties |= {f"beside {name}": other["sha256"] for name, other in others.items()}
     how: dict[str, Any] = {"seed": cfg.seed, "ties": ties, "deepspeed": engine, "watch": watch}

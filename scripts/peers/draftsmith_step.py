@@ -27,16 +27,17 @@ from transformers import AutoModelForCausalLM
 
 from draftsmith.base import create
 from draftsmith.base.lm import BaseLM
-from draftsmith.bench import ChatsConfig, made_up
 from draftsmith.contracts import Batch, Capture, Head
 from draftsmith.data.module import Steps
+from draftsmith.data.random_rows import made_up
 from draftsmith.data.rows import Row
+from draftsmith.data.settings import RandomConfig
 from draftsmith.heads.eagle3 import Eagle3, Eagle3Config
 from draftsmith.training.fit import new_head
 
 SEED, WARM, STEPS = 0, 1, 4
 LOG_EVERY = 10  # steps between metrics in conf/trainer; the peer has its own in every step
-BENCH = Path(__file__).parents[2] / "conf" / "bench.yaml"
+CONF = Path(__file__).parents[2] / "conf"
 
 
 def head_config(vocab_size: int) -> Eagle3Config:
@@ -61,7 +62,7 @@ def load_batch(folder: Path, name: str) -> Batch:
 
 
 def capture(base: BaseLM, head: Head, batch: Batch) -> Capture:
-    return base.capture(head.needs, batch.tokens_BT, positions_BQ=batch.positions_BT, mask_BQS=batch.visible())
+    return base.capture(head.needs, batch.tokens_BT, positions_BQ=batch.positions_BT, documents_BQ=batch.documents_BT)
 
 
 def pack(rows: list[Row], length: int) -> Batch:
@@ -88,13 +89,12 @@ def divergence(base: BaseLM, head: Head, batch: Batch) -> Tensor:
 
 
 def prepare(folder: Path) -> None:
-    conf = OmegaConf.load(BENCH)
-    chats = ChatsConfig(**conf.data)
-    shape: Any = OmegaConf.to_container(conf.base.shape)
-    create.llama(shape, None, SEED).to(getattr(torch, conf.base.dtype)).save_pretrained(folder / "base")
-    rows = made_up(chats, shape["vocab_size"], SEED)
+    shape: Any = OmegaConf.to_container(OmegaConf.load(CONF / "base" / "like_llama31_8b.yaml").recipe.model)
+    length = OmegaConf.load(CONF / "data" / "random.yaml").length
+    create.llama(shape, None, SEED).save_pretrained(folder / "base")
+    rows = made_up(RandomConfig(seed=SEED), length, shape["vocab_size"])
     longest = max(rows, key=lambda row: len(row.ids))
-    batches = {"one": pack([longest], len(longest.ids)), "all": pack(rows, chats.length)}
+    batches = {"one": pack([longest], len(longest.ids)), "all": pack(rows, length)}
     for name, batch in batches.items():
         save_file({k: t for k, t in vars(batch).items() if t is not None}, folder / f"{name}.safetensors")
 

@@ -49,6 +49,7 @@ class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # or: several, by name
     prompts: PromptsConfig | None = None  # or: let the base answer these first
     random: RandomConfig | None = None  # or: made up, to measure on
+    stored: bool = False  # path is a store, or refused
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     loss_on: str = "assistant"  # assistant | all

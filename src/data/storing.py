@@ -231,7 +231,7 @@ class Job:
         tokens = int(self.rows.lengths_N.sum())
         total, own = tokens * forward, sum(self.store.of_shard(n) for n in todo) / positions
         w, r = positions * each * write, positions * each * read
-        epoch = break_even(total, w, r)
+        epoch = break_even(total, w + r, r)  # every start hashes all of it once
         pays = "reading it takes longer than the base's forward: it never pays" if epoch is None else ""
         return (
             f"store: {positions:,} positions of {tokens:,} x {each:,} bytes = {_size(positions * each)};"

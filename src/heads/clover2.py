@@ -117,7 +117,7 @@ class Clover2(Head):
 
     @property
     def needs(self) -> Needs:
-        return Needs(frozenset({self.spec.num_layers}), final=True)
+        return Needs(frozenset({self.spec.num_layers}), final=True, teacher=True)
 
     @property
     def max_depth(self) -> int:

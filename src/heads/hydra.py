@@ -137,7 +137,7 @@ class Hydra(Head):
 
     @property
     def needs(self) -> Needs:
-        return Needs(final=True)
+        return Needs(final=True, teacher=self.config.teacher_weight > 0)
 
     @property
     def max_depth(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,40 @@ def test_several_heads_are_timed_apart_too_and_figures_are_recorded(micro: Path,
     assert code == 0, output
     assert "moved: over the base's forward 100.00 -> " in output
     assert json.loads(path.read_text()) == recorded
+
+
+def test_a_step_that_reads_a_store_beside_the_plain_one(micro: Path, tmp_path: Path) -> None:
+    """The plain step runs its base. (A store is read ahead by a thread, so that no forward is timed beside it.)"""
+    code, output = bench(micro, tmp_path, "capture=[]", "memory=false", "repeats=1")
+    assert code == 0, output
+    found = told(tmp_path)
+    assert list(found["figures"]) == ["faster than the plain step"]
+    assert found["runs"]["plain"][0]["base_ms"] > 5 * found["runs"]["step"][0]["base_ms"]
+
+
+def test_named_figures_of_several_configurations(micro: Path, tmp_path: Path) -> None:
+    given = ["+figures.variants={a: [], b: ['heads.medusa.num_heads=1'], c: []}", "only=[first]", "repeats=1"]
+    given += ["+figures.figures.first={kind: cost, of: a, over: [b]}", "+figures.figures.second={kind: floor, of: c}"]
+    code, output = bench(micro, tmp_path, *given)
+    assert code == 0, output
+    assert list(told(tmp_path)["figures"]) == ["first"]
+    assert list(told(tmp_path)["runs"]) == ["a", "b"]
+    code, output = bench(micro, tmp_path, *given, "only=[third]")
+    assert (code, "no figure third" in output) == (2, True), output
+
+
+def test_recorded_ratios_are_asked_for_before_anything_is_timed(micro: Path, tmp_path: Path) -> None:
+    code, output = bench(micro, tmp_path, "against=nothing.json")
+    assert (code, "nothing.json" in output) == (3, True), output
+    assert not (tmp_path / "out" / "bench.json").exists()
+
+
+def test_the_script_beside_another_trainer_still_fits() -> None:
+    """It is started by scripts/bench_speculators.sh alone; here, that what it takes from the package is there."""
+    path = Path(__file__).parents[2] / "scripts" / "peers" / "draftsmith_step.py"
+    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("peer", path))
+    spec.loader.exec_module(module)
+    assert module.head_config(8192).draft_vocab_size == 2048
 
 
 @pytest.mark.parametrize(

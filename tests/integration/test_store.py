@@ -294,6 +294,17 @@ def test_damage_is_refused_before_step_1_and_the_shard_named(
     assert not (folder / f"run-{name}" / "metrics.jsonl").exists()
 
 
+def test_what_is_no_store_is_refused_where_one_is_meant(folder: Path, stored: Path) -> None:
+    """Rows would do, and a capture that ended before its first shard holds some: the base would run for nothing."""
+    shutil.copytree(folder / "rows", folder / "plain-rows")
+    (folder / "begun").mkdir()
+    shutil.copyfile(stored / "plan.json", folder / "begun" / "plan.json")
+    shutil.copytree(folder / "rows", folder / "begun" / "rows")
+    for name, message in (("plain-rows", "no store"), ("begun", "its captures are not complete")):
+        code, output = train(folder, f"run-{name}", name)
+        assert (code, message in output) == (3, True), output
+
+
 def test_another_base_is_refused(folder: Path, stored: Path) -> None:
     code, output = train(folder, "run-other", "medusa", base="other")
     assert (code, "another base" in output, "weights_sha256" in output) == (3, True, True), output

@@ -268,3 +268,15 @@ def test_tensors_sha256() -> None:
         {**base, "a": base["a"].half()},
     ]
     assert len({first, *map(artifacts.tensors_sha256, others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("name", ["../payload", "/etc/hostname", "a/../../payload"])
+def test_a_manifest_that_points_outside_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    """Whoever copies what a manifest lists would write there."""
+    folder = tmp_path / "deep" / "folder"
+    folder.mkdir(parents=True)
+    (tmp_path / "deep" / "payload").write_text("x")
+    sealed = {"bytes": 1, "sha256": artifacts.file_sha256(tmp_path / "deep" / "payload")}
+    artifacts.write_json(folder / "manifest.json", {"files": {name: sealed}})
+    with pytest.raises(DataError, match="outside the folder"):
+        artifacts.verify(folder)

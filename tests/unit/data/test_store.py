@@ -47,7 +47,8 @@ def job(out: Path, base: Any, kept: Kept = KEPT, **more: Any) -> storing.Job:
     if not (source := out.with_name("source")).exists():
         write_rows(source, make_rows(), base={})
         publish_asked(source, [Record("a:1", messages=({"role": "user", "content": "hello"},))], None)
-    plan = {"base": identity(base.spec, "w"), "rows": {"sha": 1}, "store": store.identity(kept)}
+    told = {"manifest_sha256": artifacts.file_sha256(source / "manifest.json")}
+    plan = {"base": identity(base.spec, "w"), "rows": told, "store": store.identity(kept)}
     out.mkdir(exist_ok=True)
     made = storing.Job(out, read_folder(source)[0], plan, base, StoreConfig(batch_size=2, length=LENGTH), **more)
     made.begin(source)
@@ -294,13 +295,13 @@ def test_reading_ahead_changes_nothing(base: Any, whole: Path) -> None:
 
 
 def test_a_store_of_now_passes_the_comparison(base: Any, whole: Path) -> None:
-    assert store.compare(opened(whole, base), base, 0) == 8
+    assert store.compare(opened(whole, base), base) == 8
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "fp8"])
 def test_so_does_a_compressed_one(base: Any, tmp_path: Path, dtype: str) -> None:
     kept = opened(written(tmp_path / dtype, base, dataclasses.replace(KEPT, dtype=dtype)), base)
-    assert store.compare(kept, base, 0) == 8
+    assert store.compare(kept, base) == 8
 
 
 @pytest.mark.parametrize("name", ["final", "hidden.1", store.LOGITS])
@@ -310,7 +311,7 @@ def test_a_shard_that_is_off_by_one_position_does_not(base: Any, folder: Path, n
     save_file({**tensors, name: tensors[name].roll(1, 0)}, path, told)
     reseal(folder)
     with pytest.raises(DataError, match=r"captures-00001\.safetensors: row [4567] \(a:\d\): .* stale or shifted"):
-        store.compare(opened(folder, base), base, 0)
+        store.compare(opened(folder, base), base)
 
 
 def test_a_shard_of_another_base_is_named(base: Any, tiny_base: Any, folder: Path, tmp_path: Path) -> None:
@@ -339,3 +340,80 @@ def test_a_shard_that_the_manifest_forgets_is_missed(base: Any, folder: Path) ->
 def test_another_base_is_told_by_what_differs(base: Any, whole: Path) -> None:
     with pytest.raises(DataError, match=r"another base.*\(weights_sha256 differ\)"):
         store.open_store(whole, identity(base.spec, "other"), base.spec, base.dtype)
+
+
+def test_other_rows_than_those_captured_are_missed(base: Any, folder: Path) -> None:
+    """Of the same lengths and masks, and sealed again: nothing else would tell."""
+    rows = make_rows()
+    other = [dataclasses.replace(row, ids=np.asarray(row.ids) // 2) for row in rows]
+    shutil.rmtree(folder / store.ROWS)
+    write_rows(folder / store.ROWS, other, base={})
+    reseal(folder)
+    with pytest.raises(DataError, match="other rows than those that were captured"):
+        opened(folder, base)
+
+
+def test_one_huge_position_does_not_hide_the_others(base: Any, folder: Path) -> None:
+    """As the first one of a middle layer often is: a norm over the row would see nothing else."""
+    path = folder / store.shard_name(1)
+    tensors, told = store.mapped(path)
+    new = {name: t.clone() for name, t in tensors.items()}
+    new["hidden.1"] = new["hidden.1"].roll(1, 0)
+    save_file(new, path, told)
+    reseal(folder)
+    capture = base.capture
+
+    def huge(*args: Any, **how: Any) -> Capture:
+        seen = capture(*args, **how)
+        seen.hidden[1][:, 0] *= 1e4
+        return seen
+
+    kept = opened(folder, base)
+    plain, base.capture = kept.seen, huge
+
+    def seen(*args: Any) -> Capture:
+        found = plain(*args)
+        found.hidden[1][:, 0] *= 1e4
+        return found
+
+    kept.seen = seen  # type: ignore[method-assign]
+    try:
+        with pytest.raises(DataError, match="stale or shifted"):
+            store.compare(kept, base)
+    finally:
+        base.capture = capture
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x00" * 8,
+        (2**62).to_bytes(8, "little") + b"{}",
+        *(
+            len(text).to_bytes(8, "little") + text + bytes(64)
+            for text in (
+                b"[]",
+                b"{",
+                b'{"a": 1}',
+                b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
+                b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 800]}}',
+                b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}',
+                b'{"a": {"dtype": "X", "shape": [2], "data_offsets": [0, 8]}}',
+            )
+        ),
+    ],
+)
+def test_a_file_that_is_none_of_ours_is_refused_with_its_name(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "captures-00000.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"captures-00000\.safetensors: .*draftsmith capture wrote"):
+        store.mapped(path)
+
+
+def test_mapped_files_stay_closed(whole: Path) -> None:
+    """A store of more shards than a process may hold files open."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    held = [store.mapped(whole / store.shard_name(0)) for _ in range(50)]
+    assert len(list(Path("/proc/self/fd").iterdir())) < before + 5
+    assert len(held) == 50
