@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "sdpa_by_document"
 Spans = list[tuple[int, int, int]]
@@ -46,6 +43,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """[B, T, H, head_dim] as transformers' attention functions give it; 0 at padding."""
     if spans is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
     groups = query.shape[1] // key.shape[1]
     key, value = (t if groups == 1 else t.repeat_interleave(groups, 1) for t in (key, value))
@@ -58,6 +57,9 @@ def attend(
 
 def install(model: Any) -> None:
     """Makes it the model's attention."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     if NAME not in ALL_ATTENTION_FUNCTIONS:
         ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)

@@ -153,7 +153,7 @@ class Masked(RowsModule):
 
 class _Blank(torch.utils.data.Dataset):
     def __init__(self, steps: Any) -> None:
-        self.steps = steps
+        self.steps, self.store = steps, steps.store
 
     def __getitem__(self, m: int) -> Any:
         batch = self.steps[m]
