@@ -18,6 +18,8 @@ from draftsmith.errors import ConfigError, DataError
 from draftsmith.training.settings import Settings
 
 PLAIN = ("data.packing=false", "loss.impl=plain", "loss.skip_masked=false", "capture=null")
+PLAINLY = ", plain"  # a variant's name and this: the same step with PLAIN
+WAYS = {"": (), PLAINLY: PLAIN}
 STEP, KINDS = "step", ("faster", "cost", "floor", "memory", "answering")
 UNTIMED = ("memory", "answering")  # kinds that time no training step
 MOVED = 0.15  # ratios repeat within about so much on a shared machine
@@ -47,9 +49,17 @@ class FiguresConfig:
     figures: dict[str, FigureConfig]
 
     def __post_init__(self) -> None:
-        named = {name for figure in self.figures.values() for name in (figure.of, *figure.over)}
+        named = {name.removesuffix(PLAINLY) for name in self.named()}
         if unknown := sorted(named - set(self.variants)):
             raise ConfigError(f"figures: {', '.join(unknown)} is no variant; there are {', '.join(self.variants)}")
+
+    def named(self) -> set[str]:
+        return {name for figure in self.figures.values() for name in (figure.of, *figure.over)}
+
+    def overrides(self) -> dict[str, list[str]]:
+        """name -> overrides of every variant that a figure names."""
+        every = {own + suffix: [*given, *more] for own, given in self.variants.items() for suffix, more in WAYS.items()}
+        return {name: given for name, given in every.items() if name in self.named()}
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         artifacts.write_json(run_dir / comparing.PEAK, {"extra": comparing.Steps(cfg, {}).peak()})
         return {}
     chosen = _chosen(cfg, own)
-    variants = {name: config.changed(cfg, "bench", overrides) for name, overrides in chosen.variants.items()}
+    variants = {name: config.changed(cfg, "bench", overrides) for name, overrides in chosen.overrides().items()}
     import torch
 
     if threads := cfg.trainer.threads:
@@ -151,10 +161,9 @@ def _chosen(cfg: DictConfig, own: BenchConfig) -> FiguresConfig:
     # a store is read ahead by a thread of its own, whose time a forward beside the step would take for its own
     figures = {} if own.capture is not None else {"over the base's forward": FigureConfig("floor", STEP)}
     if own.plain:
-        variants["plain"] = list(PLAIN)
-        figures["faster than the plain step"] = FigureConfig("faster", STEP, ["plain"])
+        figures["faster than the plain step"] = FigureConfig("faster", STEP, [STEP + PLAINLY])
         if own.memory:
-            figures["memory of the plain step over its own"] = FigureConfig("memory", STEP, ["plain"])
+            figures["memory of the plain step over its own"] = FigureConfig("memory", STEP, [STEP + PLAINLY])
     if len(cfg.heads) > 1:
         others = {name: [f"~heads.{other}" for other in cfg.heads if other != name] for name in cfg.heads}
         variants |= {f"{name} alone": dropped for name, dropped in others.items()}

@@ -60,9 +60,10 @@ class Steps:
 
     def _captured(self, out: Path) -> DataConfig:
         """The same rows, from a store of what these heads read."""
-        made = config.compose("capture", [f"rows={supply.rows_of(self.data, self.base)}", f"out={out}"])
+        rows = supply.rows_of(self.data, self.base)
+        made = config.compose("capture", [f"rows={rows}", f"out={out}", *self.cfg.capture])
         made.base, made.heads, made.threads = self.cfg.base, self.cfg.heads, self.cfg.trainer.threads
-        capture.run(config.changed(made, "capture", self.cfg.capture))
+        capture.run(made)
         return dataclasses.replace(self.data, path=str(out), sources={}, prompts=None, random=None)
 
     def _batch_size(self) -> int:
