@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
 
@@ -122,6 +123,25 @@ class Recording:
 def tiny_base() -> Any:
     """tiny_base(family, seed=0, **config changes): a base with lively random weights. Leave it as it was."""
     return functools.cache(make_base)
+
+
+class Made(TorchDispatchMode):
+    """The number of elements of each tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        several = out if isinstance(out, tuple | list) else [out]
+        self.elements += [t.numel() for t in several if isinstance(t, torch.Tensor)]
+        return out
+
+
+@pytest.fixture(scope="session")
+def made_tensors() -> type[Made]:
+    return Made
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from draftsmith.losses import linear_cross_entropy, linear_soft_cross_entropy
 
@@ -101,30 +100,17 @@ def test_nothing_counted_is_a_loss_of_nothing(plain: bool, n: int) -> None:
     assert all(t.grad is None or not t.grad.any() for t in (x, w, b))
 
 
-class Made(TorchDispatchMode):
-    """The number of elements of each tensor that an operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.elements += [t.numel() for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)]
-        return out
-
-
-def test_the_plain_step_holds_every_logit_of_every_position() -> None:
+def test_the_plain_step_holds_every_logit_of_every_position(made_tensors: Any) -> None:
     """Rows that do not count included: what a bench compares with must not become cheaper by accident."""
     n, v = 40, 30
     x, w = drawn(2, n, 3).requires_grad_(), drawn(v, 3, seed=1)
     few, teacher = torch.arange(n) < 4, drawn(n, v, seed=2)
-    with Made() as hard:
+    with made_tensors() as hard:
         linear_cross_entropy(x[0], w, torch.zeros(n, dtype=torch.long), counted_N=few, plain=True)
-    with Made() as labels:
+    with made_tensors() as labels:
         linear_soft_cross_entropy(x, [w, w], lambda i, j: (teacher[i:j], None), few.expand(2, n), plain=True)
     assert hard.elements.count(n * v) >= 2  # logits and their log-softmax
     assert labels.elements.count(n * v) >= 5  # the teacher's distribution, and both of each student
-    with Made() as chunked:
+    with made_tensors() as chunked:
         linear_cross_entropy(x[0], w, torch.zeros(n, dtype=torch.long), counted_N=few)
     assert max(chunked.elements) <= n * 3
