@@ -50,9 +50,7 @@ class Beside:
     def head(self) -> Head | None:
         """The trained drafter."""
         if self._drafter is not None and "head" not in self._loaded:
-            from draftsmith.exporters import native
-
-            head = native.load(self._drafter, self.base.spec, device=self.base.device)
+            head = checked(self._drafter, self.base)
             if head.role != "drafter":
                 raise ConfigError(f"drafter: {self._drafter} is a {head.role}; give the folder of a drafter")
             self._loaded["head"] = head
@@ -74,9 +72,7 @@ class Beside:
     def load(self, folder: Path | str) -> Head:
         """A head of any role from its native folder. A gate comes with its drafter: the one of the command line, else
         the one its folder names; DataError where that is not the one it was trained for."""
-        from draftsmith.exporters import native
-
-        head = native.load(folder, self.base.spec, device=self.base.device)
+        head = checked(folder, self.base)
         if head.role == "gate":
             recorded = head.said["beside"]
             found = self._given(recorded) or self._recorded(recorded, folder)
@@ -94,6 +90,8 @@ class Beside:
 
     def _recorded(self, recorded: Mapping[str, Any], folder: Path | str) -> Any:
         path, kind = str(recorded.get("path")), recorded.get("kind")
+        if (inside := Path(folder) / "drafter").is_dir():  # it travelled with the gate
+            path = str(inside)
         if not Path(path).is_dir():
             key = "companion=hf companion.path" if kind == DRAFT_MODEL else "drafter"
             raise DataError(f"{folder}: its drafter was at {path}, where nothing is now; give {key}=…")
@@ -102,6 +100,16 @@ class Beside:
             own = prepare.BaseConfig(path=path, dtype=str(recorded.get("dtype")), quantise=quantised)
             return Beside(self.base, own, None).draft_model
         return Beside(self.base, None, path).head
+
+
+def checked(folder: Path | str, base: BaseLM) -> Head:
+    """A native folder's head, after it has answered its capsule on this base; DataError where it does not."""
+    from draftsmith.exporters import capsule, native
+
+    head = native.load(folder, base.spec, device=base.device)
+    if head.golden is not None:
+        capsule.check(head, base, head.golden, folder)
+    return head
 
 
 DRAFT_MODEL = "draft_model"

@@ -299,7 +299,9 @@ def travel(run_dir: Path, folder: Path, head: Head, dtype: str | None) -> str | 
         return f"{path} is of other weights and is left out; evaluate certify=true makes one of these"
     facts = {k: v for k, v in artifacts.read_json(folder / artifacts.MANIFEST).items() if k != "files"}
     with artifacts.publish(folder, **facts) as temporary:
-        shutil.copytree(folder, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(artifacts.MANIFEST))
+        # (a drafter inside keeps its own manifest)
+        others = lambda where, names: [artifacts.MANIFEST] if Path(where) == folder else []  # noqa: E731
+        shutil.copytree(folder, temporary, dirs_exist_ok=True, ignore=others)
         for name in (FILE, PAGE):
             shutil.copy(run_dir / name, temporary)
     return f"{FILE} travels with it: {'certified' if own['certified'] else 'NOT certified, ' + own['reasons'][0]}"

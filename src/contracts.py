@@ -325,6 +325,8 @@ class Head(nn.Module, ABC):
 
     said: what its native folder tells beside config and weights (how it was trained, who stands beside it, how it was
     tuned); kept when it is saved again.
+
+    golden: what it answers to a few recorded inputs (exporters/capsule.py), None where nobody has asked yet; kept too.
     """
 
     progress = 1.0
@@ -332,6 +334,7 @@ class Head(nn.Module, ABC):
     skip_masked = True
     beside: Any = None
     said: Mapping[str, Any] = {}
+    golden: Any = None
 
     Config: ClassVar[type]
     role: ClassVar[str]  # "drafter", "gate" or "primer"

@@ -139,9 +139,18 @@ def _run(
     _fit(base, heads, chosen_rows, data, run_dir, settings, store, how)
     after = base.weights_sha256()
     processes.together(lambda: _unchanged(before, after))
+    _record(base, heads)
     if processes.is_first():
         facts = {"rows": len(chosen_rows.training), "funnel": chosen_rows.funnel, "sha256": ties}
         _finish(run_dir, heads, base, prepare.provenance(cfg, **facts), source, others)
+
+
+def _record(base: BaseLM, heads: dict[str, Head]) -> None:
+    """What every head answers now. Collective where the base lies in pieces."""
+    from draftsmith.exporters import capsule
+
+    for head in heads.values():
+        head.golden = capsule.record(head, base)
 
 
 def _unchanged(before: str, after: str) -> None:
@@ -304,6 +313,7 @@ def _fit(
     if steps < FEW_STEPS:
         prepare.say(f"note: {steps} steps teach a head little; more rows, epochs, or a smaller global batch make more")
     fit.rehearse(base, heads, stream[0].to(base.device))
+    _record(base, heads)
     processes.by_first(lambda: native.rehearse(run_dir, heads))
 
     def serve(start: int, stop: int) -> RowsModule:

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from draftsmith import artifacts, config
 from draftsmith.contracts import BaseSpec, Head
 from draftsmith.errors import ConfigError, DataError, NumericsError
+from draftsmith.exporters import capsule
+from draftsmith.exporters.card import card
 
 FORMAT = "draftsmith-head"
 FORMAT_VERSION = 1
@@ -31,12 +33,21 @@ TIES = ("family", "hidden_size", "vocab_size", "num_layers", "tokenizer_sha256",
 
 
 SAID = ("training", "beside", "tuned")
+DRAFTER = "drafter"  # where a gate's drafter lies in its folder, if it travels with it
 
 
-def save(folder: Path, head: Head, *, name: str, adapter: Any = None) -> Path:
+def save(folder: Path, head: Head, *, name: str, adapter: Any = None, drafter: Head | None = None) -> Path:
     """Publishes the head whole or not at all, with what is said of it (head.said: how it was trained; who stood beside
     the base, without whom a gate means nothing; how its threshold or its tree was chosen). adapter: the base's, if it
-    was trained with the head; it goes into the folder `adapter`, in peft's format."""
+    was trained with the head; it goes into the folder `adapter`, in peft's format. drafter: a gate's, where it is to
+    travel with it; into the folder `drafter`."""
+    with artifacts.publish(folder, kind="head") as temporary:
+        write(temporary, head, name=name, adapter=adapter, drafter=drafter)
+    return folder
+
+
+def write(folder: Path, head: Head, *, name: str, adapter: Any = None, drafter: Head | None = None) -> None:
+    """All of it but the manifest, into a folder that somebody else publishes."""
     kind = type(head)
     described = {
         "format": FORMAT,
@@ -56,12 +67,38 @@ def save(folder: Path, head: Head, *, name: str, adapter: Any = None) -> Path:
         **{part: head.said.get(part) or {} for part in SAID},
     }
     tensors = {k: v.detach().clone().contiguous() for k, v in head.state_dict().items()}
-    with artifacts.publish(folder, kind="head") as temporary:
-        artifacts.write_tensors(temporary / WEIGHTS, tensors)
-        artifacts.write_json(temporary / "config.json", described)
-        save_adapter(temporary, adapter)
-        (temporary / "README.md").write_text(_card(described, sum(t.numel() for t in tensors.values())))
-    return folder
+    artifacts.write_tensors(folder / WEIGHTS, tensors)
+    if head.golden is not None:
+        capsule.write(folder / capsule.FILE, head.golden, head)
+    artifacts.write_json(folder / "config.json", described)
+    save_adapter(folder, adapter)
+    if drafter is not None:
+        called = str(drafter.said.get("name") or type(drafter).__name__.lower())
+        save(folder / DRAFTER, drafter, name=called, adapter=adapter)
+    (folder / "README.md").write_text(card(described, sum(t.numel() for t in tensors.values())))
+
+
+def drafter_of(head: Head, base: Any, name: str) -> Head | None:
+    """The drafter that a gate needs, as it was in training; None for every other head."""
+    if head.role != "gate":
+        return None
+    recorded = head.said.get("beside") or {}
+    drafter, path = head.beside, recorded.get("path")
+    if drafter is None and recorded.get("kind") != "draft_model":
+        if not path or not Path(path).is_dir():
+            raise DataError(f"{name}: a gate, whose drafter was at {path}, where nothing is now; put it back there")
+        drafter = load(path, base.spec, device=base.device)
+    if not isinstance(drafter, Head):
+        raise ConfigError(
+            f"exporter: {name} is a gate for a draft model, a whole language model of its own, which"
+            " no folder carries; use exporter=native and draftsmith.generate"
+        )
+    sha256 = artifacts.tensors_sha256(drafter.state_dict())
+    if not recorded:  # a gate that has not been saved yet
+        head.said = {**head.said, "beside": {"kind": type(drafter).__name__, "path": None, "sha256": sha256}}
+    elif recorded.get("sha256") != sha256:
+        raise DataError(f"{name}: a gate made for another drafter than {path or 'the one beside it'}; train a new one")
+    return drafter
 
 
 def save_adapter(folder: Path, adapter: Any) -> None:
@@ -79,7 +116,10 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
     that are not exactly the head's.
     """
     folder = Path(folder)
-    artifacts.verify(folder)
+    try:
+        listed = artifacts.verify(folder)["files"]
+    except DataError as e:
+        raise DataError(f"{e}{_differing(folder)}") from None
     described = artifacts.read_json(folder / "config.json")
     said = described if isinstance(described, dict) else {}
     if said.get("format") != FORMAT or said.get("format_version") != FORMAT_VERSION:
@@ -113,7 +153,30 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
     except (SafetensorError, RuntimeError, FileNotFoundError) as e:
         raise DataError(f"{folder / WEIGHTS}: {' '.join(str(e).split())}") from None
     head.said = {"name": said.get("name"), **{part: said.get(part) or {} for part in SAID}}
+    if capsule.FILE in listed:
+        if found := capsule.differences(folder / capsule.FILE, described["head"], head.state_dict()):
+            raise DataError(f"{folder}: not the head that was saved: {'; '.join(found[:3])}")
+        head.golden = capsule.read(folder / capsule.FILE)
     return head.eval().requires_grad_(False)
+
+
+def check(folder: Path, spec: BaseSpec) -> Head:
+    """Reads a folder that `write` filled as it will be read, before anybody can see it: what it holds so far, under a
+    manifest that does not stay."""
+    artifacts.seal(folder, [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()])
+    head = load(folder, spec)
+    (folder / artifacts.MANIFEST).unlink()
+    return head
+
+
+def _differing(folder: Path) -> str:
+    """What of a damaged folder its capsule can tell to be otherwise, for the message; nothing, where that is gone."""
+    try:
+        described, tensors = artifacts.read_json(folder / "config.json"), load_file(folder / WEIGHTS)
+        found = capsule.differences(folder / capsule.FILE, described["head"], tensors)
+    except (DataError, SafetensorError, OSError, KeyError, TypeError):
+        return ""
+    return f" ({'; '.join(found[:3])})" if found else ""
 
 
 def rehearse(run_dir: Path, heads: Mapping[str, Head]) -> None:
@@ -129,70 +192,11 @@ def rehearse(run_dir: Path, heads: Mapping[str, Head]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _whose_drafts(described: dict[str, Any]) -> str:
-    beside, tuned = described["beside"], described["tuned"]
-    told = f" Its drafter: {beside['kind']} of `{beside['path']}`." if beside else ""
-    if not tuned:
-        return told + " Its threshold is not tuned; draftsmith tune finds the one for a machine."
-    return told + f" Threshold {tuned['threshold']:g}, by draftsmith tune at temperature {tuned['temperature']:g}."
-
-
-def _which_tree(tuned: Mapping[str, Any]) -> str:
-    """Of a drafter: the tree it drafts where nobody names another, and what it brought on the machine that chose it."""
-    if "tree" not in tuned:
-        return ""
-    kind, nodes, depth = tuned["tree"]["kind"], tuned["nodes"], tuned["depth"]
-    return (
-        f" Its tree: {kind}, {nodes} nodes, {depth} deep, by draftsmith tune at temperature {tuned['temperature']:g}"
-        f" ({tuned['measured_speedup']:.2f}x plain decoding there, {tuned['predicted_speedup']:.2f}x predicted)."
-    )
-
-
 def _version() -> str:
     try:
         return version("draftsmith")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _card(described: dict[str, Any], parameters: int) -> str:
-    base, head = described["base"], described["head"]
-    loading = ', adapter="this folder/adapter"' if base["adapter_sha256"] else ""
-    loading += f', quantise="{base["quantised"]}"' if base["quantised"] else ""
-    settings = "\n".join(f"| {k} | {v} |" for k, v in head.items() if k != "_target_")
-    training = "\n".join(f"| {k} | {v} |" for k, v in described["training"].items())
-    whose = "the base's own with its adapter (folder `adapter`)" if base["adapter_sha256"] else "the base's own"
-    if described["lossy"]:
-        promise = "**Lossy**: decoding with it may change the base's output."
-    elif described["role"] == "gate":
-        promise = f"It ends drafting early and changes nothing in the output.{_whose_drafts(described)}"
-    else:
-        promise = f"Greedy decoding with it returns exactly the tokens of {whose}."
-        promise = promise.replace("the tokens of the base's own.", "the base's own tokens.")
-        promise += _which_tree(described["tuned"])
-    return f"""# {described["name"]}
-
-A {described["role"]} ({head["_target_"].rpartition(".")[2]}, {parameters:,} parameters) for the base
-`{base["path"]}`{f" at revision {base['revision']}" if base["revision"] else ""}{
-        f", trained with that base's weights as {base['quantised']}" if base["quantised"] else ""
-    }. {promise}
-
-```python
-from draftsmith import generate, load_base, load_head
-
-base = load_base("{base["path"]}"{loading})
-head = load_head("this folder", base=base)
-print(generate(base, input_ids, head=head, max_new_tokens=64).tokens)
-```
-
-| setting | value |
-|---|---|
-{settings}
-
-| training | value |
-|---|---|
-{training or "| | |"}
-"""
 
 
 @dataclasses.dataclass(frozen=True)

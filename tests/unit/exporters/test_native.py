@@ -82,7 +82,7 @@ def test_it_explains_itself(folder: Path) -> None:
     assert described["training"] == {"rows": 3}
     assert sorted(os.listdir(folder)) == ["README.md", "config.json", "manifest.json", "model.safetensors"]
     card = (folder / "README.md").read_text()
-    assert card.startswith("# mine\n")
+    assert card.partition("\n---\n")[2].startswith("\n# mine\n")  # after the metadata, test_card.py
     for part in ("some/base", "at revision main", "exactly the base's own tokens", "| num_heads | 3 |", "| rows | 3 |"):
         assert part in card
 
