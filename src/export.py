@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from draftsmith import certify, config, evaluate, prepare
+from draftsmith import artifacts, beside, certify, config, evaluate, prepare, pushing
+from draftsmith.errors import ConfigError
 
 
 def run(cfg: DictConfig) -> list[Path]:
@@ -15,20 +17,49 @@ def run(cfg: DictConfig) -> list[Path]:
     exporter = config.build(cfg.exporter, "exporter")
     folders, of_run = evaluate.heads_of(run_dir, cfg.load)
     base_config = evaluate.base_of(cfg, folders, of_run)
-    out = Path(cfg.out) if cfg.out else run_dir / "export" / cfg.exporter._target_.split(".")[-2]
+    own = {field: cfg[field] for field in ("push", "push_private")}
+    pushes = config.typed(own, pushing.PushConfig, "export")
+    repositories = pushing.targets(pushes, folders)
+    named = cfg.exporter.get("runtime") or cfg.exporter._target_.split(".")[-2]
+    out = Path(cfg.out) if cfg.out else run_dir / "export" / named
+    places = {name: out / name if len(folders) > 1 else out for name in folders}
+    for place in places.values():
+        _refuse_foreign(place, folders.values())
 
-    from draftsmith.exporters import native
+    from draftsmith.exporters import card, native
 
     base = prepare.load_base(base_config)
+    heads = {name: beside.checked(folder, base) for name, folder in folders.items()}
+    if hasattr(exporter, "check"):  # all of them before any is written
+        for name, head in heads.items():
+            exporter.check(head, base, name=name)
     made = []
-    for name, folder in folders.items():
-        head = native.load(folder, base.spec)
-        made.append(exporter.save(out / name if len(folders) > 1 else out, head, base, name=name))
+    for name, head in heads.items():
+        made.append(exporter.save(places[name], head, base, name=name))
         prepare.say(f"{name} -> {made[-1]}")
+        if hasattr(exporter, "start"):
+            prepare.say(exporter.start(made[-1], head, base))
+        evaluated = run_dir / "evaluation.json" if of_run is not None and isinstance(exporter, native.Native) else None
+        if evaluated and (measured := card.results(evaluated, name, head)):
+            card.add_results(made[-1], head, measured)
+            prepare.say(f"{name}: its card tells what evaluation.json measured")
         travels = certify.travel(run_dir, made[-1], head, getattr(exporter.config, "dtype", None))
         if travels is not None:
             prepare.say(f"{name}: {travels}")
+    if repositories and Path(base.spec.path).is_absolute():
+        prepare.say(f"note: it names the base {base.spec.path}; base=hf base.path=<its hub id> names it for others")
+    for name, repository in repositories.items():
+        address = pushing.push(places[name], repository, private=pushes.push_private)
+        prepare.say(f"{name} -> {address}")
     return made
+
+
+def _refuse_foreign(place: Path, heads: Iterable[Path]) -> None:
+    """An export replaces what is there: only an earlier one of ours, and not the head that it is made from."""
+    if place.resolve() in [Path(head).resolve() for head in heads]:
+        raise ConfigError(f"out: {place} is the head itself; name another folder")
+    if place.exists() and not artifacts.is_complete(place) and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError(f"out: {place} exists and is no export of ours; name another folder")
 
 
 def main() -> None:

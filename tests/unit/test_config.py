@@ -159,11 +159,12 @@ def test_a_target_must_be_said(given: Any) -> None:
 
 
 def test_allowed_targets_build() -> None:
-    exporter = config.build(node(_target_="draftsmith.exporters.portable.Portable", dtype="bfloat16"), "exporter")
+    portable = {"_target_": "draftsmith.exporters.runtimes.Runtime", "runtime": "portable"}
+    exporter = config.build(node(**portable, dtype="bfloat16"), "exporter")
     assert exporter.config.dtype == "bfloat16"
     assert config.target({"_target_": "torch.optim.AdamW"}, "optimizer") is torch.optim.AdamW
     with pytest.raises(ConfigError, match=r"exporter\.dtipe: no such key; did you mean 'dtype'"):
-        config.build(node(_target_="draftsmith.exporters.portable.Portable", dtipe="x"), "exporter")
+        config.build(node(**portable, dtipe="x"), "exporter")
 
 
 def test_every_head_file_fits_its_class() -> None:
