@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from omegaconf import OmegaConf
-
-from draftsmith import config, prepare
+from draftsmith import adopt, config, prepare
 from draftsmith.base import lm
 from draftsmith.base.lm import BaseLM
 from draftsmith.beside import DEPTH, Beside
@@ -19,7 +17,7 @@ from draftsmith.decoding.engine import decode
 from draftsmith.decoding.referee import DecodingConfig
 from draftsmith.decoding.tree import TreeSpec
 from draftsmith.errors import ConfigError
-from draftsmith.exporters import native, reference
+from draftsmith.exporters import capsule, native, published
 from draftsmith.heads.acceptance import Acceptance
 from draftsmith.heads.draft_model import DraftModel
 from draftsmith.judging import tuned_tree
@@ -69,19 +67,30 @@ def load_companion(path: str | Path, *, base: BaseLM, dtype: str = "float32") ->
     return companion
 
 
-def load_published(path: str | Path, kind: str, *, base: BaseLM, **settings: Any) -> Head:
-    """A head from weights in the key layout its authors publish, as safetensors; `kind` is a yaml of conf/head, whose
-    settings hold where none are given. DataError names every key that is missing, left over or of another shape."""
-    cfg = config.compose("train", [f"head=[{kind}]"])
-    if kind not in cfg.heads:
-        raise ConfigError(f"kind='{kind}': no such head")
-    cls = config.target(cfg.heads[kind], kind)
-    own = config.typed({**cast(dict, OmegaConf.to_container(cfg.heads[kind])), **settings}, cls.Config, kind)
-    return reference.load(path, cls, own, base.spec).to(base.device)
+def load_published(
+    path: str | Path,
+    kind: str,
+    *,
+    base: BaseLM,
+    layer_ids: str = "vllm",
+    despite: Sequence[str] = (),
+    **settings: Any,
+) -> Head:
+    """A head from weights in a key layout that its authors, or a server, publish, as safetensors. `kind` is a yaml of
+    conf/head; its settings hold where none are given and the tensors, or a config.json beside them, tell none.
+
+    layer_ids: whose convention an EAGLE-3's layer ids follow, vllm or sglang. despite: keys of the config.json that may
+    differ from the base. DataError names whatever is missing, left over, of another shape or not this base's.
+    """
+    chosen = adopt.kind_of(kind, settings)
+    return adopt.adopted(published.read(path), chosen, base, settings, layer_ids=layer_ids, despite=despite)
 
 
-def save_head(folder: str | Path, head: Head, *, name: str) -> Path:
-    """Writes the native folder that load_head and `draftsmith evaluate load=[…]` read."""
+def save_head(folder: str | Path, head: Head, *, name: str, base: BaseLM | None = None) -> Path:
+    """Writes the native folder that load_head and `draftsmith evaluate load=[…]` read. base: what it answers on this
+    base goes into the folder too, for load_head to check; without one that stays as it was recorded, if it was."""
+    if base is not None:
+        head.golden = capsule.record(head, base)
     return native.save(Path(folder), head, name=name)
 
 

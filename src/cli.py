@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": "tokens per step, speed, and proof that the output is the base's own",
     "tune": "the tree of a drafter, or the threshold of a gate, for this machine, stored with it",
     "bakeoff": "heads compared at equal rows and equal CPU-seconds: a table and a picture",
+    "adopt": "published weights -> a head of ours, to evaluate, to train on or to export",
     "export": "a trained head -> a folder that an inference server loads",
     "bench": "what one training step costs, as a ratio of the base's forward",
     "bench_data": "how fast rows are answered, encoded and packed",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import bench, bench_data, bench_decoding, config, evaluate, prepare, tune
+from draftsmith import adopt, bench, bench_data, bench_decoding, config, evaluate, prepare, pushing, tune
 from draftsmith.cli import VERBS
 from draftsmith.contracts import BaseSpec, Head
 from draftsmith.data.labels import LabelsConfig
@@ -176,7 +176,15 @@ def test_the_default_yaml_shows_every_key(verb: str) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize(("verb", "schema"), [("evaluate", evaluate.EvaluateConfig), ("tune", tune.TuneConfig)])
+@pytest.mark.parametrize(
+    ("verb", "schema"),
+    [
+        ("adopt", adopt.AdoptConfig),
+        ("evaluate", evaluate.EvaluateConfig),
+        ("export", pushing.PushConfig),
+        ("tune", tune.TuneConfig),
+    ],
+)
 def test_a_verbs_own_keys_are_in_its_root_and_fit(verb: str, schema: Any) -> None:
     cfg = compose(verb)
     own = {field.name: cfg[field.name] for field in dataclasses.fields(schema)}

@@ -49,6 +49,7 @@ HOMES: dict[str, set[str]] = {
     "datasets": {"data"},
     "httpx": {"data"},
     "openai": {"data"},
+    "huggingface_hub": {"pushing"},
     "matplotlib": {"reporting"},
     "vllm": {"serving"},
     "optuna": {"sweep"},

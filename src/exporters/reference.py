@@ -2,25 +2,26 @@
 
 A row says how our parameter names become theirs (regular expressions, the first that matches counts) and which
 of their tensors we do not want: copies of the base's, buffers, parts that their code never uses. Only safetensors
-are read and written; a published .pt or .bin is a pickle and has to be converted first, by whoever trusts it.
+are read and written (published.py). Which settings a published file is a head of, recognise.py tells.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch import Tensor
 
 from draftsmith import artifacts
 from draftsmith.contracts import BaseSpec, BaseView, Head
 from draftsmith.errors import ConfigError, DataError
 from draftsmith.exporters.native import save_adapter
+from draftsmith.exporters.published import Published, Weights, read
 
 WEIGHTS = "model.safetensors"
 Rules = tuple[tuple[str, str], ...]
@@ -29,12 +30,14 @@ Rules = tuple[tuple[str, str], ...]
 @dataclass(frozen=True)
 class Layout:
     """names: (our name, their key) as patterns for re.fullmatch and Match.expand; or what gives them for a head, where
-    they differ with its settings. ignored: patterns of their keys that we leave out. describe(head) -> the keys that
+    they differ with its settings. ignored: patterns of their keys that we leave out. copies: of those that
+    must then be the base's own, with "embedding" or "lm_head". describe(head) -> the keys that
     their config.json has beside our name for the base."""
 
     names: Rules | Callable[[Any], Rules]
     describe: Callable[[Any], dict[str, Any]]
     ignored: tuple[str, ...] = ()
+    copies: Rules = ()
 
     def key(self, name: str, head: Head) -> str:
         for ours, theirs in self.names(head) if callable(self.names) else self.names:
@@ -56,6 +59,25 @@ def _hydra(head: Any) -> Rules:
     )
 
 
+def _turns(spec: BaseSpec) -> dict[str, Any]:
+    """How keys turn. What a scaling makes of rope_theta no key of theirs tells from here: the numbers themselves go
+    along, for recognise.py; a server that shall scale too needs the base's rope_scaling written in."""
+    size, told = spec.head_dim, {"rope_theta": spec.rope_theta}
+    plain = [spec.rope_theta ** (-2 * i / size) for i in range(size // 2)]
+    pairs = zip(spec.rope_frequencies or plain, plain, strict=True)
+    if spec.rope_scale == 1.0 and all(math.isclose(a, b, rel_tol=1e-4) for a, b in pairs):
+        return told
+    return {**told, "rope_frequencies": spec.rope_frequencies, "rope_scale": spec.rope_scale}
+
+
+def _taps(head: Any) -> dict[str, Any]:
+    """vLLM's ids, which are ours; SGLang adds one to what it is told. Of the triple that both take by default neither
+    is told."""
+    depth = head.spec.num_layers
+    told = list(head.layers)
+    return {} if told == [2, depth // 2, depth - 3] else {"eagle_aux_hidden_state_layer_ids": told}
+
+
 # FasterDecoding/Medusa, medusa_lm_head: residual blocks of head k, then its lm_head
 MEDUSA = Layout(
     names=((r"blocks\.(\d+)\.(\d+)\.(.*)", r"\1.\2.\3"), (r"lm_heads\.(\d+)\.(weight)", r"\1.{num_layers}.\2")),
@@ -64,6 +86,9 @@ MEDUSA = Layout(
         "medusa_num_layers": head.config.num_layers,
         "version": "2" if head.config.share_lm_head else "1",
     },
+    # of a whole model with its heads, or of vLLM's original_lm_head
+    ignored=(r"model\..*",),
+    copies=((r"lm_head\.weight", "lm_head"),),
 )
 
 LAYOUTS: dict[str, Layout] = {
@@ -78,14 +103,16 @@ LAYOUTS: dict[str, Layout] = {
             "num_attention_heads": head.spec.num_heads,
             "num_key_value_heads": head.spec.num_kv_heads,
             "rms_norm_eps": head.spec.norm_eps,
-            "rope_theta": head.spec.rope_theta,
+            **_turns(head.spec),
             "exit_layer": head.exit_layer,
         },
+        ignored=(r"layers\.0\.self_attn\.rotary_emb\..*",),
     ),
     # SafeAILab/EAGLE, EAGLE-3: our names are theirs; the embedding is the base's
     "Eagle3": Layout(
         names=((r"(.*)", r"\1"),),
-        ignored=(r"embed_tokens\.weight",),
+        ignored=(r"verifier_(norm|lm_head)\.weight",),  # of the speculators library
+        copies=((r"embed_tokens\.weight", "embedding"),),
         describe=lambda head: {
             "architectures": ["LlamaForCausalLMEagle3"],
             "model_type": "llama",
@@ -97,9 +124,10 @@ LAYOUTS: dict[str, Layout] = {
             "head_dim": head.spec.head_dim,
             "max_position_embeddings": head.spec.max_positions,
             "rms_norm_eps": head.spec.norm_eps,
-            "rope_theta": head.spec.rope_theta,
+            **_turns(head.spec),
             "vocab_size": head.spec.vocab_size,
             "draft_vocab_size": head.draft_vocab,
+            **_taps(head),
         },
     ),
     # Kaffaljidhmah2/SpecDec_pp, the acceptance head: blocks in a row, then the map to (refuse, accept)
@@ -171,6 +199,7 @@ LAYOUTS: dict[str, Layout] = {
             "hidden_state_offset": 0,
         },
         ignored=(r"prefix_embeding_layer\.(embed_tokens\.weight|layers\.0\.self_attn\.rotary_emb\..*)",),
+        copies=((r"input_embed_fn\.weight", "embedding"),),
     ),
 }
 
@@ -220,35 +249,57 @@ class Reference:
         return folder
 
 
-def load(path: Path | str, kind: type[Head], config: Any, spec: BaseSpec) -> Head:
-    """A head with the weights of a published file (or a folder with model.safetensors).
+def load(
+    source: Path | str | Published,
+    kind: type[Head],
+    config: Any,
+    spec: BaseSpec,
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    despite: Collection[str] = (),
+) -> Head:
+    """A head with the weights of a published file or folder, in fp32. base: its "embedding" and its "lm_head", to hold
+    the file's copies of them against; keys in `despite` may differ.
 
     DataError names every key that is missing, left over or of another shape.
     """
-    path = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
-    if path.suffix != ".safetensors":
-        raise DataError(f"{path}: not safetensors; a .pt or .bin is a pickle: convert it first, if you trust it")
+    weights = (source if isinstance(source, Published) else read(source)).weights
     layout = layout_of(kind)
-    try:
-        theirs = load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise DataError(f"{path}: {' '.join(str(e).split())}") from None
     with torch.device("meta"):
         head = kind(config, spec)
     wanted, own = keys(head), head.state_dict()
-    _compare(path, {wanted[n]: tuple(t.shape) for n, t in own.items()}, theirs, layout)
-    tensors = {name: theirs[key].to(own[name].dtype) for name, key in wanted.items()}
+    _compare(weights, {wanted[n]: tuple(t.shape) for n, t in own.items()}, layout)
+    for name, whose in base.items() if base else ():
+        _check_copies(weights, layout, name, whose, despite)
+    # copies, since a file's tensors begin wherever they do: some CPU kernels round by a pointer's alignment
+    tensors = {name: weights[key].to(own[name].dtype, copy=True) for name, key in wanted.items()}
     head.load_state_dict(tensors, strict=True, assign=True)
     return head.eval().requires_grad_(False)
 
 
-def _compare(path: Path, wanted: Mapping[str, tuple[int, ...]], have: Mapping[str, torch.Tensor], by: Layout) -> None:
-    left = [k for k in have if k not in wanted and not any(re.fullmatch(p, k) for p in by.ignored)]
+def _compare(weights: Weights, wanted: Mapping[str, tuple[int, ...]], layout: Layout) -> None:
+    have, unwanted = weights.shapes, [*layout.ignored, *(pattern for pattern, _ in layout.copies)]
+    left = [k for k in have if k not in wanted and not any(re.fullmatch(p, k) for p in unwanted)]
     missing = [k for k in wanted if k not in have]
-    shapes = [
-        f"{k} {tuple(have[k].shape)}, not {wanted[k]}" for k in wanted if k in have and have[k].shape != wanted[k]
-    ]
-    told = [f"{what}: {', '.join(sorted(which))}" for what, which in
+    shapes = [f"{k} {have[k]}, not {wanted[k]}" for k in wanted if k in have and have[k] != wanted[k]]
+    told = [f"{what}: {_some(which)}" for what, which in
             (("missing", missing), ("left over", left), ("of another shape", shapes)) if which]  # fmt: skip
     if told:
-        raise DataError(f"{path}: not this head with these settings; {'; '.join(told)}")
+        raise DataError(f"{weights.path}: not this head with these settings on this base; {'; '.join(told)}")
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(sorted(names)[:most]) + more
+
+
+def _check_copies(weights: Weights, layout: Layout, name: str, own: Tensor, despite: Collection[str]) -> None:
+    """What the file copied of the base is the base's, to a half-precision file's rounding."""
+    for pattern, whose in layout.copies:
+        for key in (k for k in weights if whose == name and k not in despite and re.fullmatch(pattern, k)):
+            theirs = weights[key].to(own.device, torch.float32)
+            if theirs.shape != own.shape or not torch.allclose(theirs, own.float(), rtol=1e-2, atol=1e-3):
+                raise DataError(
+                    f"{weights.path}: {key} is not the base's {name}: the head was made for another base, or trained"
+                    f" one of its own, which ours has not; give the base it was made for, or despite=[{key}]"
+                )
