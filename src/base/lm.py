@@ -156,7 +156,7 @@ class BaseLM:
         """Empty K/V with this many slots made ahead; they double as needed."""
         if num_layers is not None:
             return KV(num_layers, capacity)
-        return KV(self.spec.num_layers, capacity, windowed=self._windowed)
+        return KV(len(self._layers), capacity, windowed=self._windowed)
 
     def block_weights(self, layer: int) -> Mapping[str, Tensor]:
         assert self.spec.llama_blocks, f"the blocks of {self.spec.family} are not Llama's"

@@ -37,8 +37,11 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read(path: str, revision: str | None, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """(model, tokenizer or None), every weight of the model read from the checkpoint or a DataError."""
+def read(
+    path: str, revision: str | None, dtype: str, trust_remote_code: bool, blocks: int | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer or None), every weight of the model read from the checkpoint or a DataError. blocks: only its
+    first ones."""
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
@@ -46,6 +49,10 @@ def read(path: str, revision: str | None, dtype: str, trust_remote_code: bool) -
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _loading(path):
         config = _config(path, source)
+        if blocks is not None:
+            config.num_hidden_layers = blocks
+            if getattr(config, "layer_types", None):
+                config.layer_types = list(config.layer_types)[:blocks]
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
