@@ -2,7 +2,7 @@
 # and how to choose a torch). ARGS go to the command: make quickstart ARGS="seed=1", make test ARGS="-k tree".
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-faults test-kills test-rank-kills test-gpu test-cluster test-runtime bench lint wheel clean
+.PHONY: help setup quickstart test test-slow test-faults test-kills test-rank-kills test-gpu test-cluster test-runtimes bench lint wheel clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 18
@@ -38,9 +38,8 @@ test-cluster:    ## the tests marked cluster, one at a time: two nodes by networ
 	fi
 	@LINT=0 scripts/test.sh -n 0 -m cluster $(ARGS)
 
-# vLLM asks for an older transformers than constraints.txt pins, so it lives in an environment of its own, unpinned.
-test-runtime:    ## the tests marked runtime, one at a time, with vLLM in .venv-runtime
-	@LINT=0 EXTRAS=dev,vllm VENV=.venv-runtime CONSTRAINTS=/dev/null scripts/test.sh -n 0 -m runtime $(ARGS)
+test-runtimes:   ## the tests marked runtime: vLLM's own server with our exports, in .venv-runtimes
+	@scripts/runtimes.sh $(ARGS)
 
 bench:           ## the published ratios of a training step, beside those recorded: an hour
 	@scripts/bench.sh $(ARGS)
