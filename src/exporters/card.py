@@ -29,10 +29,13 @@ METRICS = {
 }
 
 
-def card(described: Mapping[str, Any], parameters: int, measured: Mapping[str, Any] | None = None) -> str:
-    """described: a native config.json. measured: of `results`."""
+def card(
+    described: Mapping[str, Any], parameters: int, measured: Mapping[str, Any] | None = None, served: str = ""
+) -> str:
+    """described: a native config.json. measured: of `results`. served: the command that starts a server with a folder
+    in that server's form, which load_head does not read."""
     front = _yaml(metadata(described, measured))
-    return "\n".join(["---", *front, "---", "", _body(described, parameters, measured)])
+    return "\n".join(["---", *front, "---", "", _body(described, parameters, measured, served)])
 
 
 def metadata(described: Mapping[str, Any], measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -89,10 +92,8 @@ def add_results(folder: Path, head: Head, measured: Mapping[str, Any]) -> None:
         (temporary / FILE).write_text(card(described, parameters, measured))
 
 
-def _body(described: Mapping[str, Any], parameters: int, measured: Mapping[str, Any] | None) -> str:
+def _body(described: Mapping[str, Any], parameters: int, measured: Mapping[str, Any] | None, served: str) -> str:
     base, head = described["base"], described["head"]
-    loading = ', adapter="this folder/adapter"' if base["adapter_sha256"] else ""
-    loading += f', quantise="{base["quantised"]}"' if base["quantised"] else ""
     settings = "\n".join(f"| {k} | {v} |" for k, v in head.items() if k != "_target_")
     training = "\n".join(f"| {k} | {v} |" for k, v in described["training"].items())
     return f"""# {described["name"]}
@@ -102,13 +103,7 @@ A {described["role"]} ({head["_target_"].rpartition(".")[2]}, {parameters:,} par
         f", trained with that base's weights as {base['quantised']}" if base["quantised"] else ""
     }. {_promise(described)}
 
-```python
-from draftsmith import generate, load_base, load_head
-
-base = load_base("{base["path"]}"{loading})
-head = load_head("this folder", base=base)
-print(generate(base, input_ids, head=head, max_new_tokens=64).tokens)
-```
+{_command(served) if served else _loading(base)}
 {_measured(measured)}
 | setting | value |
 |---|---|
@@ -118,6 +113,22 @@ print(generate(base, input_ids, head=head, max_new_tokens=64).tokens)
 |---|---|
 {training or "| | |"}
 """
+
+
+def _command(served: str) -> str:
+    return f"```bash\n{served}\n```"
+
+
+def _loading(base: Mapping[str, Any]) -> str:
+    more = ', adapter="this folder/adapter"' if base["adapter_sha256"] else ""
+    more += f', quantise="{base["quantised"]}"' if base["quantised"] else ""
+    return f"""```python
+from draftsmith import generate, load_base, load_head
+
+base = load_base("{base["path"]}"{more})
+head = load_head("this folder", base=base)
+print(generate(base, input_ids, head=head, max_new_tokens=64).tokens)
+```"""
 
 
 def _promise(described: Mapping[str, Any]) -> str:

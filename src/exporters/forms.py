@@ -22,6 +22,7 @@ from draftsmith import artifacts
 from draftsmith.contracts import BaseView, Head
 from draftsmith.errors import NumericsError
 from draftsmith.exporters import capsule, native
+from draftsmith.exporters.card import FILE, card
 
 
 class Form(ABC):
@@ -71,6 +72,9 @@ class Form(ABC):
             for file, content in files.items():
                 artifacts.write_json(temporary / file, content)
             native.save_adapter(temporary, base.adapter)
+            parameters = sum(t.numel() for t in state.values())
+            served = self.start(Path("this-folder"), meant, base)
+            (temporary / FILE).write_text(card(native.describe(meant, name), parameters, served=served))
             back = reopened(temporary / self.weights, tensors)
             for file, content in files.items():
                 if artifacts.read_json(temporary / file) != json.loads(json.dumps(content)):

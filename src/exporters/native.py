@@ -48,34 +48,40 @@ def save(folder: Path, head: Head, *, name: str, adapter: Any = None, drafter: H
 
 def write(folder: Path, head: Head, *, name: str, adapter: Any = None, drafter: Head | None = None) -> None:
     """All of it but the manifest, into a folder that somebody else publishes."""
+    told = describe(head, name)
+    tensors = {k: v.detach().clone().contiguous() for k, v in head.state_dict().items()}
+    artifacts.write_tensors(folder / WEIGHTS, tensors)
+    if head.golden is not None:
+        capsule.write(folder / capsule.FILE, head.golden, head)
+    artifacts.write_json(folder / "config.json", told)
+    save_adapter(folder, adapter)
+    if drafter is not None:
+        called = str(drafter.said.get("name") or type(drafter).__name__.lower())
+        save(folder / DRAFTER, drafter, name=called, adapter=adapter)
+    (folder / "README.md").write_text(card(told, sum(t.numel() for t in tensors.values())))
+
+
+def describe(head: Head, name: str) -> dict[str, Any]:
+    """config.json: all that rebuilds a head and names its base, and what is said of it."""
     kind = type(head)
-    described = {
+    return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "draftsmith": _version(),
         "name": name,
         "role": kind.role,
+        "dtype": str(next(p.dtype for p in head.parameters())).removeprefix("torch."),
         "lossy": kind.lossy,
         "head": {"_target_": f"{kind.__module__}.{kind.__qualname__}", **dataclasses.asdict(head.config)},
         "base": dataclasses.asdict(head.spec),
         "needs": {
             "hidden": sorted(head.needs.hidden),
-            "final": head.needs.final or head.needs.teacher,
+            "final": head.needs.final,
             "logits": head.needs.logits,
             "convention": "hidden[l] leaves block l-1 (0 = embeddings), before the final norm; final is after it",
         },
         **{part: head.said.get(part) or {} for part in SAID},
     }
-    tensors = {k: v.detach().clone().contiguous() for k, v in head.state_dict().items()}
-    artifacts.write_tensors(folder / WEIGHTS, tensors)
-    if head.golden is not None:
-        capsule.write(folder / capsule.FILE, head.golden, head)
-    artifacts.write_json(folder / "config.json", described)
-    save_adapter(folder, adapter)
-    if drafter is not None:
-        called = str(drafter.said.get("name") or type(drafter).__name__.lower())
-        save(folder / DRAFTER, drafter, name=called, adapter=adapter)
-    (folder / "README.md").write_text(card(described, sum(t.numel() for t in tensors.values())))
 
 
 def drafter_of(head: Head, base: Any, name: str) -> Head | None:

@@ -260,7 +260,9 @@ def test_config_has_exactly_these_keys(tmp_path: Path, base: BaseLM, make_head: 
     assert [k for k in config if "num" in k and "heads" in k] == ["medusa_num_heads"]
     assert [k for k in config if "num" in k and "layers" in k] == ["medusa_num_layers"]
     more = ["medusa_choices.json"] if runtime == "tensorrt_llm" else []
-    assert sorted(p.name for p in folder.iterdir()) == sorted(["config.json", "manifest.json", FILE[runtime], *more])
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        ["README.md", "config.json", "manifest.json", FILE[runtime], *more]
+    )
     assert artifacts.verify(folder)["kind"] == f"{runtime} medusa"
 
 
@@ -337,7 +339,8 @@ def test_the_tree_of_tensorrt_llm(
 ) -> None:
     """The tuned one where it is one of fixed paths, cut where the head ends; else a chain as deep as was best."""
     head = make_head()
-    head.said = {"tuned": tuned}
+    rest = {"nodes": 7, "temperature": 0.0, "measured_speedup": 1.5, "predicted_speedup": 1.6}  # for the card
+    head.said = {"tuned": {**rest, **tuned} if tuned else {}}
     folder = export(tmp_path / "out", head, base, runtime="tensorrt_llm")
     assert json.loads((folder / "medusa_choices.json").read_text()) == want
     assert f"--max_medusa_token_len {len(want)} " in Runtime(RuntimeConfig("tensorrt_llm")).start(folder, head, base)
