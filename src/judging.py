@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from draftsmith import config, prepare
+from draftsmith import artifacts, config, prepare
 from draftsmith.beside import DEPTH
 from draftsmith.contracts import Head, Needs
 from draftsmith.decoding import gating, priming
@@ -60,7 +60,8 @@ def judged(
     prompts = [a.ids for a in asked]
     found = referee.evaluate(own, prompts, [Label(a.source, a.turn, a.question) for a in asked])
     for name in own:
-        found["heads"][name]["parameters"] = sum(p.numel() for p in heads[name].parameters())
+        weights = {"weights_sha256": artifacts.tensors_sha256(heads[name].state_dict())}  # a card knows its own by it
+        found["heads"][name] |= {"parameters": sum(p.numel() for p in heads[name].parameters()), **weights}
         if heads[name].role == "gate":
             found["heads"][name]["gate"] = of_gate(referee, cast(Acceptance, heads[name]), gate, prompts)
     priming_heads = {name: head for name, head in heads.items() if head.role == "primer"}

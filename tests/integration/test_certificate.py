@@ -105,7 +105,7 @@ def test_the_same_command_finds_the_same(folder: Path, certified: str) -> None:
     assert {**before, "date": 0} == {**after, "date": 0}
 
 
-@pytest.mark.parametrize("exporter", ["native", "portable", "reference"])
+@pytest.mark.parametrize("exporter", ["native", "portable", "vllm", "reference", "custom_generate"])
 def test_it_travels_with_an_export_of_the_same_weights(exporter: str, folder: Path, certified: str) -> None:
     output = passed(call("export", "run_dir=run", f"exporter={exporter}", f"out={exporter}", cwd=folder))
     assert "medusa: certificate.json travels with it: certified" in output

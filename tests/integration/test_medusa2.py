@@ -50,7 +50,7 @@ def test_it_exports_head_and_adapter_and_keeps_base_and_adapters_tokens(stages: 
         api.load_head(head, base=api.load_base(micro / "base"))
 
 
-@pytest.mark.parametrize("exporter", ["native", "portable", "reference"])
+@pytest.mark.parametrize("exporter", ["native", "portable", "vllm", "reference", "custom_generate"])
 def test_every_export_takes_the_adapter_along(stages: Path, micro: Path, exporter: str) -> None:
     code, told = call("export", "run_dir=two", f"exporter={exporter}", f"out={exporter}", cwd=stages)
     assert code == 0, told
