@@ -172,6 +172,13 @@ def rotated(folder: Path) -> None:
     save_file(turned, path, metadata={"format": "pt"})
 
 
+def loud(folder: Path, name: str, times: float) -> None:
+    """Tensors of this name, larger: so little was learned in them here that damage to them alone hardly shows."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = {k: t * times if k.endswith(name) else t for k, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def without_bias_key(folder: Path) -> None:
     rewrite(folder, lambda told: told.pop("medusa_fc_bias"))
 
@@ -204,6 +211,7 @@ DAMAGES = {
     "layer ids off by one": ("eagle3", one_layer_off),
     "norms swapped": ("eagle3", swapped_norms),
 }
+LOUD = {"bias key missing": {"linear.bias": 10.0}, "norms swapped": {"hidden_norm.weight": 2.0}}
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -213,6 +221,8 @@ def test_the_counters_see_what_the_text_does_not_show(
     kind, damage = DAMAGES[name]
     case = CASES[kind]
     folder = export(case.head, case.exporter)
+    for told, times in LOUD.get(name, {}).items():
+        loud(folder, told, times)
     foretold, texts = foretell(case.computed(folder, plain), plain, prompts, case.most, NEW)
     broken = Path(shutil.copytree(folder, tmp_path / "broken"))
     damage(broken)
