@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, config, prepare
+from draftsmith import artifacts, config, export, prepare
 from draftsmith.beside import Beside, told
 from draftsmith.errors import ConfigError
 
@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 Kind = tuple["type[Head]", dict[str, Any]]
 
 
+ADOPTED = "adopted head"  # in the manifest of what it writes
+
+
 @dataclasses.dataclass(frozen=True)
 class AdoptConfig(prepare.MachineConfig):
     path: str = ""
     kind: str = ""  # a yaml of conf/head
     out: str = ""
     settings: dict[str, Any] | None = None
-    layer_ids: str = "vllm"
+    layer_ids: str | None = None
     despite: list[str] = dataclasses.field(default_factory=list)
     drafter: str | None = None
 
@@ -39,8 +42,7 @@ def run(cfg: DictConfig) -> Path:
     own = config.typed({f.name: cfg[f.name] for f in dataclasses.fields(AdoptConfig)}, AdoptConfig, "adopt")
     given, out = own.settings or {}, Path(own.out)
     kind, source = kind_of(own.kind, given), published.read(own.path)
-    if out.exists() and not artifacts.is_complete(out):
-        raise ConfigError(f"out: {out} exists and is no head of ours; name another folder")
+    export.refuse_foreign(out, ADOPTED)
     if not cfg.get("base"):
         raise ConfigError("base: which one? give the base that the head was made for, as base=hf base.path=…")
     own.apply()
@@ -55,10 +57,12 @@ def run(cfg: DictConfig) -> Path:
     facts = {"adopted": Path(own.path).name, "sha256": artifacts.tensors_sha256(head.state_dict())}
     head.said = {"training": facts, "beside": told(beside, own.drafter)}
     head.golden = capsule.record(head, base)
-    native.save(out, head, name=out.name, adapter=base.adapter)
+    native.save(out, head, name=out.name, adapter=base.adapter, kind=ADOPTED)
     prepare.say(f"{own.path}: {type(head).__name__}, {head.config} -> {out}")
     if isinstance(taps := getattr(head, "layers", None), tuple):
-        prepare.say(f"it reads the base's hidden states {', '.join(map(str, taps))} (layer_ids={own.layer_ids})")
+        prepare.say(
+            f"it reads the base's hidden states {', '.join(map(str, taps))} (layer_ids={own.layer_ids or 'vllm'})"
+        )
     return out
 
 
@@ -78,7 +82,7 @@ def adopted(
     base: BaseLM,
     given: Mapping[str, Any],
     *,
-    layer_ids: str = "vllm",
+    layer_ids: str | None = None,
     despite: Collection[str] = (),
 ) -> Head:
     """The head of published weights, on the base's device: as given, else as its files tell, else as its kind is."""

@@ -72,15 +72,16 @@ def load_published(
     kind: str,
     *,
     base: BaseLM,
-    layer_ids: str = "vllm",
+    layer_ids: str | None = None,
     despite: Sequence[str] = (),
     **settings: Any,
 ) -> Head:
     """A head from weights in a key layout that its authors, or a server, publish, as safetensors. `kind` is a yaml of
     conf/head; its settings hold where none are given and the tensors, or a config.json beside them, tell none.
 
-    layer_ids: whose convention an EAGLE-3's layer ids follow, vllm or sglang. despite: keys of the config.json that may
-    differ from the base. DataError names whatever is missing, left over, of another shape or not this base's.
+    layer_ids: whose convention an EAGLE-3's layer ids follow, vllm (the default) or sglang. despite: keys of the
+    config.json that may differ from the base. DataError names whatever is missing, left over, of another shape or not
+    this base's.
     """
     chosen = adopt.kind_of(kind, settings)
     return adopt.adopted(published.read(path), chosen, base, settings, layer_ids=layer_ids, despite=despite)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -24,7 +23,7 @@ def run(cfg: DictConfig) -> list[Path]:
     out = Path(cfg.out) if cfg.out else run_dir / "export" / named
     places = {name: out / name if len(folders) > 1 else out for name in folders}
     for place in places.values():
-        _refuse_foreign(place, folders.values())
+        refuse_foreign(place)
 
     from draftsmith.exporters import card, native
 
@@ -54,12 +53,17 @@ def run(cfg: DictConfig) -> list[Path]:
     return made
 
 
-def _refuse_foreign(place: Path, heads: Iterable[Path]) -> None:
-    """An export replaces what is there: only an earlier one of ours, and not the head that it is made from."""
-    if place.resolve() in [Path(head).resolve() for head in heads]:
-        raise ConfigError(f"out: {place} is the head itself; name another folder")
-    if place.exists() and not artifacts.is_complete(place) and (not place.is_dir() or any(place.iterdir())):
-        raise ConfigError(f"out: {place} exists and is no export of ours; name another folder")
+def refuse_foreign(place: Path, kind: str = "export") -> None:
+    """ConfigError unless `place` is free, or holds what an earlier command of this kind wrote, and nothing else: all of
+    it is replaced."""
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    manifest = place / artifacts.MANIFEST
+    told = artifacts.read_json(manifest) if manifest.is_file() else {}
+    ours = isinstance(told, dict) and str(told.get("kind")).startswith(kind) and isinstance(told.get("files"), dict)
+    known = {artifacts.MANIFEST, *told["files"]} if ours else set[str]()
+    if not ours or any(str(p.relative_to(place)) not in known for p in place.rglob("*") if p.is_file()):
+        raise ConfigError(f"out: {place} exists and is no {kind} of ours, or holds more than that; name another folder")
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ class CustomGenerate:
         for own in (head, drafter):
             if own is not None and own.golden is None:
                 own.golden = capsule.record(own, base)  # by which another base of the same sizes is told
-        with artifacts.publish(folder, kind="custom generate") as temporary:
+        with artifacts.publish(folder, kind="export custom_generate") as temporary:
             native.write(temporary, head, name=name, adapter=base.adapter, drafter=drafter)
             (temporary / FOLDER).mkdir()
             (temporary / FOLDER / "generate.py").write_text(GENERATE)
@@ -114,7 +114,7 @@ def requirements(folder: Path) -> str:
 
 
 def _card(head: Head) -> str:
-    promise = "faster; greedy decoding returns exactly the tokens that it returns without"
+    promise = "faster; greedy decoding in fp32 returns exactly the tokens that it returns without"
     if head.lossy:
         promise = "sooner and **lossily**: the text may be another than the model's own"
     adapter = 'model.load_adapter("this folder/adapter")\n' if head.spec.adapter_sha256 else ""

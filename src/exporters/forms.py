@@ -67,7 +67,7 @@ class Form(ABC):
         tensors |= {k: t.detach().to("cpu", floats).clone().contiguous() for k, t in self.copies(meant, base).items()}
         described = self.describe(meant, base, str(floats).removeprefix("torch."))
         files = {"config.json": described, **self.others(folder, meant)}
-        with artifacts.publish(folder, kind=f"{runtime} {type(head).__name__.lower()}") as temporary:
+        with artifacts.publish(folder, kind=f"export {runtime} {type(head).__name__.lower()}") as temporary:
             artifacts.write_tensors(temporary / self.weights, tensors)
             for file, content in files.items():
                 artifacts.write_json(temporary / file, content)

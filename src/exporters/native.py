@@ -6,6 +6,7 @@ It loads without Hydra and without pickle, and it names the base it belongs to; 
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -32,22 +33,39 @@ WEIGHTS = "model.safetensors"
 TIES = ("family", "hidden_size", "vocab_size", "num_layers", "tokenizer_sha256", "adapter_sha256")
 
 
+# What shapes a head's own layers, in numbers that rounding may touch.
+ALIKE = ("norm_eps", "rope_frequencies", "rope_scale", "qkv_bias", "qk_norm")
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return one == other or (isinstance(one, float) and math.isclose(one, other, rel_tol=1e-5))
+
+
 SAID = ("training", "beside", "tuned")
 DRAFTER = "drafter"  # where a gate's drafter lies in its folder, if it travels with it
 
 
-def save(folder: Path, head: Head, *, name: str, adapter: Any = None, drafter: Head | None = None) -> Path:
+def save(
+    folder: Path, head: Head, *, name: str, adapter: Any = None, drafter: Head | None = None, kind: str = "head"
+) -> Path:
     """Publishes the head whole or not at all, with what is said of it (head.said: how it was trained; who stood beside
     the base, without whom a gate means nothing; how its threshold or its tree was chosen). adapter: the base's, if it
     was trained with the head; it goes into the folder `adapter`, in peft's format. drafter: a gate's, where it is to
-    travel with it; into the folder `drafter`."""
-    with artifacts.publish(folder, kind="head") as temporary:
+    travel with it; into the folder `drafter`. kind: of the folder, for its manifest."""
+    with artifacts.publish(folder, kind=kind) as temporary:
         write(temporary, head, name=name, adapter=adapter, drafter=drafter)
     return folder
 
 
 def write(folder: Path, head: Head, *, name: str, adapter: Any = None, drafter: Head | None = None) -> None:
     """All of it but the manifest, into a folder that somebody else publishes."""
+    answered = None if head.golden is None else head.golden.told.get("weights_sha256")
+    if answered is not None and answered != artifacts.tensors_sha256(head.state_dict()):
+        raise ConfigError(
+            f"{name}: its weights are not those whose answers were recorded; save_head(…, base=…) records them anew"
+        )
     told = describe(head, name)
     tensors = {k: v.detach().clone().contiguous() for k, v in head.state_dict().items()}
     artifacts.write_tensors(folder / WEIGHTS, tensors)
@@ -143,6 +161,10 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
                 f" ({spec.path}) has {ours or 'none'}; load the base it was trained on"
                 + (f" with base.adapter={folder}/adapter" if tie == "adapter_sha256" and theirs else "")
             )
+    for key in ALIKE:
+        theirs, ours = described["base"].get(key), getattr(spec, key)
+        if theirs is not None and not _alike(theirs, ours):
+            raise DataError(f"{folder}: made for a base with {key}={theirs}, this one ({spec.path}) has {ours}")
     try:
         kind = config.target(described["head"], f"{folder}/config.json: head")
         if not issubclass(kind, Head):
@@ -219,4 +241,4 @@ class Native:
         self.config = config
 
     def save(self, folder: Path, head: Head, base: Any, *, name: str) -> Path:
-        return save(folder, head, name=name, adapter=base.adapter)
+        return save(folder, head, name=name, adapter=base.adapter, kind="export native")

@@ -21,6 +21,7 @@ from draftsmith.contracts import BaseSpec, Head
 from draftsmith.errors import ConfigError, DataError
 from draftsmith.exporters.published import Published, Weights
 
+IDS = "eagle_aux_hidden_state_layer_ids"
 LAYER_IDS = {"vllm": 0, "sglang": 1}  # whose convention -> what makes its layer ids ours (contracts.py)
 
 LIKE_BASE = {
@@ -42,7 +43,7 @@ class Reading:
     spec: BaseSpec
     given: Mapping[str, Any]  # settings that the user gave
     despite: Collection[str] = ()  # keys of its config.json that may differ from the base
-    layer_ids: str = "vllm"
+    layer_ids: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -148,12 +149,12 @@ def settings(
     given: Mapping[str, Any],
     *,
     despite: Collection[str] = (),
-    layer_ids: str = "vllm",
+    layer_ids: str | None = None,
 ) -> dict[str, Any]:
     """The settings that this head has, told by its tensors and its config.json; the tensors then have the names of the
     published layout (reference.py). given: settings of the user. despite: keys of the config.json that may differ from
     the base. layer_ids: whose convention its layer ids follow, vllm or sglang."""
-    if layer_ids not in LAYER_IDS:
+    if layer_ids is not None and layer_ids not in LAYER_IDS:
         raise ConfigError(f"layer_ids='{layer_ids}': choose {' or '.join(LAYER_IDS)}")
     reading = Reading(published, kind, spec, given, despite, layer_ids)
     if reader := READERS.get(kind.__name__):
@@ -237,7 +238,13 @@ def _eagle3(reading: Reading) -> None:
     weights, spec = reading.weights, reading.spec
     config = reading.published.config
     reading.must_be("speculators_model_type", "eagle3", "this library's kinds but eagle3 are other heads")
-    config = {**(config.get("transformer_layer_config") or {}), **config, **(config.get("eagle_config") or {})}
+    residual = "norm_before_residual"
+    if "speculators_model_type" in config and residual not in {*config, *reading.despite}:
+        reading.refuse(residual, f"vLLM takes true where the library takes false; despite=[{residual}] takes false")
+    nested = config.get("eagle_config") or {}
+    if IDS in nested and IDS not in config and reading.layer_ids is None:
+        reading.refuse(f"eagle_config.{IDS}", "SGLang reads it there, vLLM too: say layer_ids=sglang or layer_ids=vllm")
+    config = {**(config.get("transformer_layer_config") or {}), **config, **nested}
     reading.published.config = config
     weights.rename((r"(?:model\.)?layers\.0\.(.*)", r"midlayer.\1"), (r"model\.(.*)", r"\1"))
     for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "attention_bias", "mlp_bias"):
@@ -276,7 +283,7 @@ def _draft_vocabulary(reading: Reading, size: int) -> None:
 def _taps(reading: Reading) -> None:
     """Which of the base's hidden states it reads: vLLM's id is the state that enters a layer, and so is ours; SGLang's
     is the one that leaves it. Without ids both take 2, L/2 and L-3."""
-    key, depth = "eagle_aux_hidden_state_layer_ids", reading.spec.num_layers
+    key, depth = IDS, reading.spec.num_layers
     if "layers" in reading.given:
         return
     with torch.device("meta"):
@@ -285,7 +292,7 @@ def _taps(reading: Reading) -> None:
     told = reading.config.get(key)
     if told and not (isinstance(told, list) and all(type(i) is int for i in told)):
         reading.refuse(key, "these are no numbers of layers")
-    layers = [i + LAYER_IDS[reading.layer_ids] for i in told] if told else [2, depth // 2, depth - 3]
+    layers = [i + LAYER_IDS[reading.layer_ids or "vllm"] for i in told] if told else [2, depth // 2, depth - 3]
     if layers == usual:
         return
     if len(layers) != 3 or layers != sorted(layers) or not 0 <= layers[0] <= layers[-1] <= depth:

@@ -242,7 +242,7 @@ class Reference:
             tensor = head.state_dict()[ours].detach().cpu()
             tensors[theirs] = tensor.to(dtype if tensor.is_floating_point() else None).clone().contiguous()
         described = {**layout.describe(head), "base_model_name_or_path": head.spec.path}
-        with artifacts.publish(folder, kind=f"reference {type(head).__name__}") as temporary:
+        with artifacts.publish(folder, kind=f"export reference {type(head).__name__.lower()}") as temporary:
             artifacts.write_tensors(temporary / WEIGHTS, tensors)
             artifacts.write_json(temporary / "config.json", described)
             save_adapter(temporary, base.adapter)

@@ -42,7 +42,7 @@ class Plugin(Form):
         drafter, meant = native.drafter_of(head, base, name), in_dtype(head, dtype)
         if dtype is not None or meant.golden is None:
             meant.golden = capsule.record(meant, base)
-        with artifacts.publish(folder, kind="head") as temporary:
+        with artifacts.publish(folder, kind=f"export {runtime} {type(head).__name__.lower()}") as temporary:
             native.write(temporary, meant, name=name, adapter=base.adapter, drafter=drafter)
             capsule.check(native.check(temporary, head.spec), base, meant.golden, folder)
         return folder

@@ -53,7 +53,7 @@ class Hydra(Form):
         embedding_VD = base.embed(torch.arange(base.spec.vocab_size, device=base.lm_head_weight.device))
         copies = (embedding_VD, base.lm_head_weight)
         tensors = {k: t.detach().to("cpu", kept).clone().contiguous() for k, t in zip(VOCABULARY, copies, strict=True)}
-        with artifacts.publish(folder, kind=f"{runtime} hydra") as temporary:
+        with artifacts.publish(folder, kind=f"export {runtime} hydra") as temporary:
             native.write(temporary, meant, name=name, adapter=base.adapter)
             told = artifacts.read_json(temporary / "config.json") | self.describe(meant, base, "")
             artifacts.write_json(temporary / "config.json", told)

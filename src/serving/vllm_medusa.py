@@ -37,6 +37,7 @@ class HydraModel(nn.Module):
                 raise DataError(f"{folder}: made for a base with {key}={told['base'][key]}, not {getattr(base, key)}")
         dtype, size = vllm_config.model_config.dtype, (told["base"]["vocab_size"], told["base"]["hidden_size"])
         self.head.to(dtype=dtype)
+        self.depth = min(self.head.max_depth, vllm_config.speculative_config.num_speculative_tokens)
         self.embedding = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
         self.lm_head = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
         self.view = SimpleNamespace(embed=lambda tokens: F.embedding(tokens, self.embedding))
@@ -45,10 +46,10 @@ class HydraModel(nn.Module):
         return hidden_states
 
     def compute_logits(self, final_BD: Tensor) -> list[Tensor]:
-        """logits_BV of every head, each after the best tokens of those before."""
+        """logits_BV of as many heads as vLLM was told to ask, each after the best tokens of those before."""
         newest_B, found = (final_BD @ self.lm_head.T).argmax(-1), []
         drafted_BkD = self.view.embed(newest_B[:, None])
-        for _ in range(self.head.max_depth):
+        for _ in range(self.depth):
             logits_BV, _ = self.head(self.view, final_BD, drafted_BkD)
             found.append(logits_BV)
             drafted_BkD = torch.cat([drafted_BkD, self.view.embed(logits_BV.argmax(-1)[:, None])], 1)

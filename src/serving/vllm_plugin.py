@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -41,18 +40,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KEY = "draft_head"
-STEP = ("self", "scheduler_output", "sampled_token_ids", "sampling_metadata", "hidden_states", "sample_hidden_states")
-"""What GPUModelRunner.propose_draft_token_ids begins with in the versions of vLLM that this file fits."""
+STEP = ("scheduler_output", "hidden_states", "aux_hidden_states")
+"""What ExecuteModelState has in the versions of vLLM that this file fits."""
 
 
 @dataclasses.dataclass
 class Text:
     """What is known of one request: states that the head has not read yet, `start` being their first position, and
-    its K/V."""
+    its K/V. whole: no position that the head wants was missed."""
 
     pending: list[Capture] = dataclasses.field(default_factory=list)
     start: int = 0
     stop: int = 0
+    whole: bool = True
     head_kv: KV | None = None
     kv: KV | None = None
 
@@ -61,7 +61,10 @@ class Text:
         if not whole:
             self.pending, self.start, self.stop = [_last(seen)], start + count - 1, start + count
             return
-        if start < self.stop:  # read again: after a preemption
+        if start > self.stop or start == 0:  # something was missed, or it begins anew
+            self.pending, self.head_kv, self.start, self.stop = [], None, start, start
+            self.whole = start == 0
+        elif start < self.stop:  # read again: after a preemption
             if start <= self.start:
                 self.pending, self.start = [], start
                 if self.head_kv is not None:
@@ -69,7 +72,6 @@ class Text:
             else:
                 kept = _joined(self.pending)
                 self.pending = [kept.each(lambda t: t[:, : start - self.start])]
-        assert start <= self.stop, f"positions {self.stop}..{start - 1} of a text were never seen"
         self.pending.append(seen)
         self.stop = start + count
 
@@ -188,19 +190,36 @@ class HeadProposer:
             )
         return folder, self.folder
 
-    def observe(self, runner: Any, scheduled: Any, hidden: Tensor, others: Sequence[Tensor] | None) -> None:
-        """The step whose drafts `propose` is asked for next."""
-        ids, rows = list(runner.input_batch.req_ids), runner.input_batch
+    def observe(self, runner: Any, state: Any) -> None:
+        """What vLLM's step computed, before it samples. state: its ExecuteModelState."""
+        rows, scheduled = runner.input_batch, state.scheduler_output
+        ids = list(rows.req_ids)
         self.step = Step(
             ids,
             rows.num_computed_tokens_cpu[: len(ids)].tolist(),
             [scheduled.num_scheduled_tokens[i] for i in ids],
             [len(scheduled.scheduled_spec_decode_tokens.get(i, ())) for i in ids],
-            dict(zip(self.layers, others or (), strict=True)),
-            hidden,
+            dict(zip(self.layers, state.aux_hidden_states or (), strict=True)),
+            state.hidden_states,
         )
-        for gone in scheduled.finished_req_ids:
-            self.texts.pop(gone, None)
+        self.texts = {name: text for name, text in self.texts.items() if name in runner.requests}
+
+    def read(self, sampled_token_ids: Sequence[Sequence[int]]) -> Sequence[str]:
+        """Takes the observed step's states into its texts; their names, by row."""
+        assert self.step is not None, "vLLM did not show its step"
+        step, self.step = self.step, None
+        at = 0
+        rows = zip(step.ids, step.starts, step.counts, step.drafted, sampled_token_ids, strict=True)
+        for name, start, count, drafted, new in rows:
+            kept = count - drafted + (max(len(new) - 1, 0) if drafted else 0)  # refused drafts are not of the text
+            where, at = slice(at, at + kept), at + count
+            text = self.texts.setdefault(name, Text())
+            if not self.runs_base:
+                hidden = {layer: t[where][None] for layer, t in step.hidden.items()}
+                # a copy: what is read in a later step lies where vLLM's next one is computed
+                seen = Capture(hidden, step.final[where][None]).each(torch.clone)
+                text.read(start, seen, kept, self.whole)
+        return step.ids
 
     @torch.inference_mode()
     def propose(
@@ -210,29 +229,17 @@ class HeadProposer:
         token_ids_cpu: Any,
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """A chain of drafts per row, none where a text is not read to its end yet. token_ids_cpu [rows, positions] has
-        the new tokens in place, num_tokens_no_spec of each row."""
-        assert self.step is not None, "vLLM did not show its step"
-        step, self.step = self.step, None
+        """A chain of drafts per row; none where a text is not read to its end yet, or where vLLM left out positions
+        that the head wants. token_ids_cpu [rows, positions] has the new tokens in place, num_tokens_no_spec of each."""
+        ids = self.read(sampled_token_ids)
         states: dict[int, State] = {}
-        at = 0
-        for row, (name, start, count, drafted) in enumerate(
-            zip(step.ids, step.starts, step.counts, step.drafted, strict=True)
-        ):
-            new = sampled_token_ids[row]
-            read = count - drafted + (max(len(new) - 1, 0) if drafted else 0)  # refused drafts are not of the text
-            where, at = slice(at, at + read), at + count
-            text = self.texts.setdefault(name, Text())
-            if not self.runs_base:
-                hidden = {layer: t[where][None] for layer, t in step.hidden.items()}
-                text.read(start, Capture(hidden, step.final[where][None]), read, self.whole)
-            if new:
-                length = int(num_tokens_no_spec[row])
-                states[row] = self._state(text, token_ids_cpu[row, :length])
+        for row, (name, new) in enumerate(zip(ids, sampled_token_ids, strict=True)):
+            if new and (self.texts[name].whole or not self.whole):
+                states[row] = self._state(self.texts[name], token_ids_cpu[row, : int(num_tokens_no_spec[row])])
         proposals = self._proposed(list(states.values()))
-        drafts: list[list[int]] = [[] for _ in step.ids]
+        drafts: list[list[int]] = [[] for _ in ids]
         for (row, state), proposal in zip(states.items(), proposals, strict=True):
-            text = self.texts[step.ids[row]]
+            text = self.texts[ids[row]]
             text.head_kv = state.head_kv
             if text.kv is not None:
                 text.kv.crop(int(num_tokens_no_spec[row]) - 1)
@@ -283,25 +290,30 @@ def _blocks(folder: Path) -> int:
 
 
 def _look_into_steps() -> None:
-    """vLLM shows a custom proposer token ids only. From here on its runner shows ours the step's hidden states too, and
-    asks its model for the layers that a head reads."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner
+    """vLLM shows a custom proposer token ids only, and nothing at all of a step in which some text is near the last
+    position. From here on its runner shows ours what every step computed, and asks its model for the layers that a head
+    reads."""
+    from vllm.v1.worker import gpu_model_runner
 
-    if hasattr(Runner, "draftsmith"):
+    runner = gpu_model_runner.GPUModelRunner
+    if hasattr(runner, "draftsmith"):
         return
-    proposing, asking = Runner.propose_draft_token_ids, Runner._setup_eagle3_aux_hidden_state_outputs
-    if tuple(inspect.signature(proposing).parameters)[: len(STEP) + 1] != (*STEP, "aux_hidden_states"):
+    if not set(STEP) <= set(getattr(gpu_model_runner.ExecuteModelState, "_fields", ())):
         import vllm
 
         raise ConfigError(f"vLLM {vllm.__version__}: its runner is not one this plugin knows; use 0.32")
+    sampling, asking = runner.sample_tokens, runner._setup_eagle3_aux_hidden_state_outputs
 
-    @functools.wraps(proposing)
-    def propose(
-        self: Any, scheduled: Any, sampled: Any, how: Any, hidden: Any, last: Any, others: Any, *more: Any
-    ) -> Any:
-        if isinstance(self.drafter, HeadProposer):
-            self.drafter.observe(self, scheduled, hidden, others)
-        return proposing(self, scheduled, sampled, how, hidden, last, others, *more)
+    @functools.wraps(sampling)
+    def sample(self: Any, *given: Any, **named: Any) -> Any:
+        drafter = getattr(self, "drafter", None)
+        if not isinstance(drafter, HeadProposer) or self.execute_model_state is None:
+            return sampling(self, *given, **named)
+        drafter.observe(self, self.execute_model_state)
+        out = sampling(self, *given, **named)
+        if drafter.step is not None:  # nobody was asked for drafts
+            drafter.read(out.sampled_token_ids)
+        return out
 
     @functools.wraps(asking)
     def ask(self: Any) -> None:
@@ -313,8 +325,8 @@ def _look_into_steps() -> None:
             self.model.set_aux_hidden_state_layers(drafter.layers)
         return None
 
-    Runner.propose_draft_token_ids, Runner._setup_eagle3_aux_hidden_state_outputs = propose, ask
-    Runner.draftsmith = True
+    runner.sample_tokens, runner._setup_eagle3_aux_hidden_state_outputs = sample, ask
+    runner.draftsmith = True
 
 
 def _mend_sampling() -> None:

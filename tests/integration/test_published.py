@@ -166,7 +166,7 @@ def test_a_gate_comes_with_whose_drafts_it_judges(micro: Path, tmp_path: Path) -
         (["settings=5"], 2, "adopt.settings: "),
         (["~base"], 2, "base: which one? give the base that the head was made for"),
         (["base.path=nowhere"], 3, "nowhere"),
-        (["out=kept"], 2, "out: kept exists and is no head of ours; name another folder"),
+        (["out=kept"], 2, "out: kept exists and is no adopted head of ours"),
         (["layer_ids=trt"], 2, "layer_ids='trt': choose vllm or sglang"),
         (["kind=hydra"], 3, "no block of a Hydra head in it"),
         (["device=nope"], 2, "device=nope"),

@@ -3,6 +3,7 @@ a replay in plain torch (replay.py) and our engine. All in fp32, in batches of 4
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import shutil
 from collections.abc import Callable
@@ -56,7 +57,7 @@ CASES = {
     "eagle3": Case("eagle3", "vllm", replay.Eagle3, 4, method="eagle3"),
     "medusa by the plugin": Case("medusa", "native", replay.Medusa, 4),
     "hydra": Case("hydra", "vllm", replay.Hydra, 4),
-    "hydra as a medusa": Case("hydra", "vllm_medusa", replay.Hydra, 4, method="medusa"),
+    "hydra as a medusa, 3 of 4": Case("hydra", "vllm_medusa", replay.Hydra, 3, method="medusa"),
     "clover": Case("clover", "vllm", replay.Clover, 4, flags=[WHOLE]),
     "clover, prompts in chunks": Case(
         "clover", "vllm", replay.Clover, 4, flags=[WHOLE, "--max-num-batched-tokens", "48"]
@@ -149,6 +150,27 @@ def fit(server: Server, plain: Base, prompt: list[int], *, wanted: float) -> flo
         for one, two in server.sample(prompt, 2, SAMPLES // 6, seed=1000 * seed):
             counts_VV[one, two] += 1
     return chi_square(counts_VV, due_VV)
+
+
+def test_a_text_that_ends_at_the_last_position_beside_others(
+    ours: BaseLM, plain: Base, export: Export, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """Within four tokens of it vLLM asks for no drafts at all, for no text; then the others go on."""
+    case = CASES["clover"]
+    folder = export(case.head, case.exporter)
+    drafts, flags = started(folder, case)
+    longest, *others = sorted(prompts, key=len, reverse=True)
+    last, asked = len(longest) + 20, [longest, *others[-3:]]
+    with serving(Path(ours.spec.path), tmp_path / "log", drafts, *flags, "--max-model-len", str(last)) as server:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            news = [20, NEW, NEW, NEW]
+            told = list(pool.map(server.complete, asked, news))
+        assert told == [plain.greedy(p, n)[len(p) :] for p, n in zip(asked, news, strict=True)]
+        before = server.counts(case.most)
+        assert server.complete_all(others[-3:], NEW) == told[1:]
+        after = server.counts(case.most)
+    foretold, _ = foretell(case.computed(folder, plain), plain, others[-3:], case.most, NEW)
+    assert (after.drafts - before.drafts, after.accepted - before.accepted) == (foretold.drafts, foretold.accepted)
 
 
 def test_a_head_that_reads_every_position_is_refused_beside_prefix_caching(

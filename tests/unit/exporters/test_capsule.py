@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from draftsmith import artifacts, config
+from draftsmith import artifacts, config, save_head
 from draftsmith.base import create
 from draftsmith.base.lm import BaseLM
 from draftsmith.beside import checked
 from draftsmith.contracts import Head
-from draftsmith.errors import DataError
+from draftsmith.errors import ConfigError, DataError
 from draftsmith.exporters import capsule, native
 
 SHAPE = {
@@ -125,6 +125,31 @@ def test_a_setting_that_was_changed_is_named_with_both_values(saved: Any, base: 
 
     with pytest.raises(DataError, match="similarity is cosine, recorded dot"):
         checked(republished(folder, other), base)
+
+
+def test_a_head_whose_weights_changed_is_not_saved_with_its_old_answers(
+    saved: Any, base: BaseLM, tmp_path: Path
+) -> None:
+    head = checked(saved("medusa"), base)
+    with torch.no_grad():
+        next(head.parameters()).add_(1)
+    with pytest.raises(ConfigError, match=r"save_head\(…, base=…\) records them anew"):
+        save_head(tmp_path / "new", head, name="mine")
+    checked(save_head(tmp_path / "new", head, name="mine", base=base), base)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("norm_eps", 2e-5), ("rope_scale", 2.0), ("rope_frequencies", [0.5] * 8), ("qk_norm", True)]
+)
+def test_a_base_that_turns_or_norms_otherwise_is_refused_by_its_numbers(
+    key: str, value: Any, saved: Any, base: BaseLM
+) -> None:
+    """Whatever the precision: rounding could hide it from a replay."""
+    folder = saved("clover")
+    with pytest.raises(DataError, match=rf"made for a base with {key}="):
+        native.load(folder, dataclasses.replace(base.spec, **{key: value}))
+    nearly = [f * (1 + 1e-7) for f in base.spec.rope_frequencies]
+    native.load(folder, dataclasses.replace(base.spec, rope_frequencies=nearly))
 
 
 @pytest.mark.parametrize(

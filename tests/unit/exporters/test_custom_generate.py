@@ -58,7 +58,7 @@ def test_it_is_the_native_folder_and_what_transformers_asks_for(
     head = make_head()
     folder = export(tmp_path / "out", head, base)
     facts = artifacts.verify(folder)
-    assert facts["kind"] == "custom generate"
+    assert facts["kind"] == "export custom_generate"
     assert facts["files"].keys() == NATIVE | OWN
     back = native.load(folder, base.spec)
     assert all(torch.equal(t, back.state_dict()[name]) for name, t in head.state_dict().items())

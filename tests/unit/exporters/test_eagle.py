@@ -454,7 +454,7 @@ def test_config_has_exactly_these_keys(tmp_path: Path, base: BaseLM, head: Eagle
         "base_model_name_or_path": "some/base",
         "torch_dtype": "float32",
     }
-    assert artifacts.verify(tmp_path / "out")["kind"] == f"{runtime} eagle3"
+    assert artifacts.verify(tmp_path / "out")["kind"] == f"export {runtime} eagle3"
 
 
 def test_a_speculators_folder_has_exactly_these_keys(tmp_path: Path, base: BaseLM, head: Eagle3) -> None:

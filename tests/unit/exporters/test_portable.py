@@ -263,7 +263,7 @@ def test_config_has_exactly_these_keys(tmp_path: Path, base: BaseLM, make_head: 
     assert sorted(p.name for p in folder.iterdir()) == sorted(
         ["README.md", "config.json", "manifest.json", FILE[runtime], *more]
     )
-    assert artifacts.verify(folder)["kind"] == f"{runtime} medusa"
+    assert artifacts.verify(folder)["kind"] == f"export {runtime} medusa"
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

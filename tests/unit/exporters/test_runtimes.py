@@ -289,7 +289,7 @@ def test_a_folder_of_somebody_else_is_not_replaced(tmp_path: Path, trained: list
     out = tmp_path / "thesis"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"^out: .*thesis exists and is no export of ours; name another folder$"):
+    with pytest.raises(ConfigError, match=r"^out: .*thesis exists and is no export of ours, .*; name another folder$"):
         run(trained, f"exporter={exporter}", f"out={out}")
     assert [p.name for p in out.iterdir()] == ["thesis.tex"]
     (out / "thesis.tex").unlink()
@@ -305,9 +305,26 @@ def test_a_file_is_not_replaced(tmp_path: Path, trained: list[str]) -> None:
 @pytest.mark.parametrize("out", ["heads/medusa", "base/../heads/medusa"])
 def test_the_head_itself_is_not_replaced(tmp_path: Path, trained: list[str], out: str) -> None:
     before = {p.name: p.read_bytes() for p in (tmp_path / "heads" / "medusa").iterdir()}
-    with pytest.raises(ConfigError, match="is the head itself"):
+    with pytest.raises(ConfigError, match="exists and is no export of ours"):
         run(trained, f"out={tmp_path}/{out}")
     assert {p.name: p.read_bytes() for p in (tmp_path / "heads" / "medusa").iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["base", "rows", "head", None])
+def test_what_is_no_export_is_not_replaced_though_it_has_a_manifest(
+    tmp_path: Path, trained: list[str], kind: str | None
+) -> None:
+    out = tmp_path / "out"
+    if kind is None:  # an export of ours, with something of somebody's in it
+        run(trained, "exporter=tgi", f"out={out}")
+        run(trained, "exporter=vllm", f"out={out}")  # alone it may be replaced
+    else:
+        with artifacts.publish(out, kind=kind) as temporary:
+            (temporary / "weights").write_text("mine")
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is no export of ours, or holds more than that"):
+        run(trained, f"out={out}")
+    assert (out / "precious.txt").read_text() == "mine"
 
 
 def test_another_base_is_noticed_before_anything_is_written(tmp_path: Path, trained: list[str]) -> None:

@@ -55,7 +55,9 @@ def folder(base: BaseLM, tmp_path: Path) -> Path:
 
 def configured(folder: Path, **changed: Any) -> Any:
     return SimpleNamespace(
-        speculative_config=SimpleNamespace(draft_model_config=SimpleNamespace(model=str(folder))),
+        speculative_config=SimpleNamespace(
+            draft_model_config=SimpleNamespace(model=str(folder)), num_speculative_tokens=changed.pop("depth", 4)
+        ),
         model_config=SimpleNamespace(
             dtype=torch.float32, hf_text_config=SimpleNamespace(**{"hidden_size": 16, "vocab_size": 40, **changed})
         ),
@@ -79,6 +81,11 @@ def test_it_drafts_what_the_head_drafts_after_the_best_token(folder: Path, base:
         root = int(base.lm_head(final_D).argmax())
         state = State([root], root, Capture(final=final_D[None, None]), tree.chain(4))
         assert drafts_K.tolist() == head.propose(base, state).tokens_N[1:].tolist()  # type: ignore[operator]
+
+
+def test_it_drafts_no_more_than_vllm_was_told(folder: Path) -> None:
+    model = HydraModel(vllm_config=configured(folder, depth=2))
+    assert len(model.compute_logits(torch.zeros(1, 16))) == 2
 
 
 def test_vllm_finds_no_other_number_of_heads_or_layers(folder: Path) -> None:

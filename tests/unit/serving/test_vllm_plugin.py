@@ -168,12 +168,12 @@ def run(
         scheduled = SimpleNamespace(
             num_scheduled_tokens={n: len(ids) for n, ids in fed.items()},
             scheduled_spec_decode_tokens={n: d for n, d in drafts.items() if d},
-            finished_req_ids=gone,
         )
         batch = SimpleNamespace(req_ids=names, num_computed_tokens_cpu=np.array([starts[n] for n in names]))
         hidden = [torch.cat(parts) for parts in zip(*layers, strict=True)]
         padded = torch.cat([*finals, torch.full((3, base.spec.hidden_size), float("nan"))])  # as for a CUDA graph
-        proposer.observe(SimpleNamespace(input_batch=batch), scheduled, padded, hidden or None)
+        computed = SimpleNamespace(scheduler_output=scheduled, hidden_states=padded, aux_hidden_states=hidden or None)
+        proposer.observe(SimpleNamespace(input_batch=batch, requests=set(names)), computed)
         for name, new in zip(names, sampled, strict=True):
             texts[name] += new
             starts[name] += len(fed[name]) - len(drafts[name]) + max(len(new) - 1, 0) * bool(drafts[name])
@@ -222,13 +222,9 @@ def test_it_drafts_as_the_engine_does(kind: str, chunk: int, base: BaseLM, tmp_p
     assert counts == engine
     assert counts[2][0] > 0  # some drafts are right,
     assert counts[2][0] < counts[0]  # some are not
-    nothing = SimpleNamespace(
-        num_scheduled_tokens={}, scheduled_spec_decode_tokens={}, finished_req_ids={"r0", "r1", "r2"}
-    )
-    rows = SimpleNamespace(req_ids=[], num_computed_tokens_cpu=np.array([]))
-    empty = torch.zeros(0, base.spec.hidden_size)
-    proposer.observe(SimpleNamespace(input_batch=rows), nothing, empty, [empty for _ in proposer.layers] or None)
-    assert not proposer.texts  # what has ended is forgotten
+    last = list(proposer.texts)
+    texts, *_ = run(base, proposer, prompts_of(base, 4))
+    assert not set(last) - {"r0"} & set(proposer.texts)  # what has ended is forgotten
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -264,8 +260,14 @@ def test_positions_that_come_again_are_read_from_where_they_begin() -> None:
     again = text.take().final
     assert again is not None
     assert again.flatten().tolist() == list(range(5, 12))
-    with pytest.raises(AssertionError, match=r"positions 12\.\.13 of a text were never seen"):
-        text.read(14, states(14, 15), 1, whole=True)
+    text.read(14, states(14, 15), 1, whole=True)  # 12 and 13 were never shown
+    assert not text.whole
+    text.read(15, states(15, 16), 1, whole=True)
+    assert not text.whole
+    text.read(0, states(0, 16), 16, whole=True)
+    assert text.whole
+    assert text.head_kv is None
+    assert len(text.pending) == 1
 
 
 def test_a_gate_ends_the_chains_of_its_drafter(base: BaseLM, tmp_path: Path) -> None:
