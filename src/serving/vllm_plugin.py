@@ -72,7 +72,8 @@ class Text:
             else:
                 kept = _joined(self.pending)
                 self.pending = [kept.each(lambda t: t[:, : start - self.start])]
-        self.pending.append(seen)
+        if self.whole:
+            self.pending.append(seen)
         self.stop = start + count
 
     def take(self) -> Capture:
@@ -234,8 +235,10 @@ class HeadProposer:
         ids = self.read(sampled_token_ids)
         states: dict[int, State] = {}
         for row, (name, new) in enumerate(zip(ids, sampled_token_ids, strict=True)):
-            if new and (self.texts[name].whole or not self.whole):
-                states[row] = self._state(self.texts[name], token_ids_cpu[row, : int(num_tokens_no_spec[row])])
+            text, length = self.texts[name], int(num_tokens_no_spec[row])
+            seen = self.runs_base or (text.stop == length - 1 and (text.whole or not self.whole))
+            if new and seen:
+                states[row] = self._state(text, token_ids_cpu[row, :length])
         proposals = self._proposed(list(states.values()))
         drafts: list[list[int]] = [[] for _ in ids]
         for (row, state), proposal in zip(states.items(), proposals, strict=True):
@@ -258,7 +261,6 @@ class HeadProposer:
             count = unread.shape[1]
         else:
             count, seen = text.stop - text.start, text.take()
-            assert text.stop == len(tokens) - 1, f"{text.stop} positions seen of a text of {len(tokens)} tokens"
         newest = tokens[-count - 1 :].tolist()
         return State(newest, root, seen, self.shape, kv=text.kv, head_kv=text.head_kv, gate=self.gate)
 
