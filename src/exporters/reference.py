@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ from torch import Tensor
 
 from draftsmith import artifacts
 from draftsmith.contracts import BaseSpec, BaseView, Head
-from draftsmith.errors import ConfigError, DataError
-from draftsmith.exporters.native import save_adapter
+from draftsmith.errors import ConfigError, DataError, NumericsError
+from draftsmith.exporters import capsule
+from draftsmith.exporters.card import FILE, card
+from draftsmith.exporters.forms import in_dtype
+from draftsmith.exporters.native import describe, save_adapter
 from draftsmith.exporters.published import Published, Weights, read
 
 WEIGHTS = "model.safetensors"
@@ -236,16 +240,24 @@ class Reference:
         self.config = config
 
     def save(self, folder: Path, head: Head, base: BaseView, *, name: str) -> Path:
-        layout, dtype = layout_of(type(head)), getattr(torch, self.config.dtype) if self.config.dtype else None
-        tensors = {}
-        for ours, theirs in keys(head).items():
-            tensor = head.state_dict()[ours].detach().cpu()
-            tensors[theirs] = tensor.to(dtype if tensor.is_floating_point() else None).clone().contiguous()
+        """Publishes the folder after it was read back as `draftsmith adopt` reads it, equal bit for bit."""
+        layout, meant = layout_of(type(head)), in_dtype(head, self.config.dtype)
+        state = meant.state_dict()
+        tensors = {theirs: state[ours] for ours, theirs in keys(meant).items()}
         described = {**layout.describe(head), "base_model_name_or_path": head.spec.path}
+        kind = type(head).__name__.lower().replace("kvprediction", "kv_prediction")
+        adopting = f"draftsmith adopt path=this-folder kind={kind} base=hf base.path={quote(head.spec.path)} out={kind}"
         with artifacts.publish(folder, kind=f"export reference {type(head).__name__.lower()}") as temporary:
             artifacts.write_tensors(temporary / WEIGHTS, tensors)
             artifacts.write_json(temporary / "config.json", described)
             save_adapter(temporary, base.adapter)
+            parameters = sum(t.numel() for t in state.values())
+            (temporary / FILE).write_text(card(describe(meant, name), parameters, served=adopting))
+            back = load(temporary, type(head), head.config, head.spec)
+            if any(not torch.equal(t, state[n].to(t.dtype)) for n, t in back.state_dict().items()):
+                raise NumericsError(f"{folder}: what was written does not read back equal; check the disk")
+            if head.golden is not None and self.config.dtype is None:
+                capsule.check(back, base, head.golden, folder)
         return folder
 
 
