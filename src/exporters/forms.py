@@ -20,7 +20,7 @@ from torch import Tensor
 
 from draftsmith import artifacts
 from draftsmith.contracts import BaseView, Head
-from draftsmith.errors import NumericsError
+from draftsmith.errors import ConfigError, NumericsError
 from draftsmith.exporters import capsule, native
 from draftsmith.exporters.card import FILE, card
 
@@ -82,6 +82,11 @@ class Form(ABC):
             ours = {name: back[theirs] for name, theirs in self.names(meant).items()}
             capsule.check(same(meant, {**self.implied(meant), **ours}), base, golden, folder)
         return folder
+
+
+def check_dtype(dtype: str | None) -> None:
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype='{dtype}': choose float32, bfloat16, float16 or null")
 
 
 def in_dtype(head: Head, dtype: str | None) -> Head:

@@ -23,7 +23,7 @@ from draftsmith.contracts import BaseSpec, BaseView, Head
 from draftsmith.errors import ConfigError, DataError, NumericsError
 from draftsmith.exporters import capsule
 from draftsmith.exporters.card import FILE, card
-from draftsmith.exporters.forms import in_dtype
+from draftsmith.exporters.forms import check_dtype, in_dtype
 from draftsmith.exporters.native import describe, save_adapter
 from draftsmith.exporters.published import Published, Weights, read
 
@@ -227,8 +227,7 @@ class ReferenceConfig:
     dtype: str | None = None  # float32 | bfloat16 | float16; null: as trained
 
     def __post_init__(self) -> None:
-        if self.dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype='{self.dtype}': choose float32, bfloat16, float16 or null")
+        check_dtype(self.dtype)
 
 
 class Reference:

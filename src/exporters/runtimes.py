@@ -17,7 +17,7 @@ from draftsmith import artifacts
 from draftsmith.contracts import BaseView, Head
 from draftsmith.errors import ConfigError
 from draftsmith.exporters import capsule, eagle, medusa, native, vllm_medusa
-from draftsmith.exporters.forms import Form, drafts, in_dtype, vllm
+from draftsmith.exporters.forms import Form, check_dtype, drafts, in_dtype, vllm
 from draftsmith.exporters.reference import LAYOUTS
 
 PLUGIN = "draftsmith.serving.vllm_plugin.HeadProposer"
@@ -137,8 +137,7 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if self.runtime not in SERVERS:
             raise ConfigError(f"runtime='{self.runtime}': choose one of {', '.join(SERVERS)}")
-        if self.dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype='{self.dtype}': choose float32, bfloat16, float16 or null")
+        check_dtype(self.dtype)
 
 
 class Runtime:

@@ -330,6 +330,14 @@ def foretell(
     return total, texts
 
 
+class Speculators(Eagle3):
+    """The same head in a folder of the speculators library, which calls its layer another name."""
+
+    def __init__(self, folder: Path, base: Base) -> None:
+        super().__init__(folder, base)
+        self.tensors = {k.replace("layers.0.", "midlayer."): t for k, t in self.tensors.items()}
+
+
 def gated(gate: Path, base: Base) -> Gated:
     """A gate's folder, its drafter inside."""
     return Gated(gate, Hydra(gate / "drafter", base))

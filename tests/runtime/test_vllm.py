@@ -112,6 +112,18 @@ def test_the_server_accepts_what_was_foretold(
         assert engine(ours, native / "heads" / case.head, case, prompts) == foretold
 
 
+def test_a_speculators_folder_is_served_as_it_is(
+    plain: Base, export: Export, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """It names its base and its depth."""
+    folder = export("eagle3", "speculators")
+    foretold, texts = foretell(replay.Speculators(folder, plain), plain, prompts, 4, NEW)
+    with serving(folder, tmp_path / "log") as server:
+        assert server.complete_all(prompts, NEW) == texts
+        assert server.counts(4) == foretold
+    assert all(foretold.by_position)
+
+
 def test_prompts_that_are_cached_and_texts_that_are_sampled(
     ours: BaseLM, plain: Base, export: Export, prompts: list[list[int]], tmp_path: Path
 ) -> None:

@@ -37,3 +37,22 @@ def make_head(base: BaseLM) -> Callable[..., Medusa]:
         return head
 
     return make
+
+
+@pytest.fixture
+def mixed_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes a form take one of our tensors for another when it reads back what it wrote."""
+
+    def mix(form: type, one: str, two: str) -> None:
+        original: Any = form.names  # type: ignore[attr-defined]
+        calls = 0
+
+        def names(self: Any, head: Any) -> dict[str, str]:
+            nonlocal calls
+            calls += 1
+            found = original(self, head)
+            return {**found, one: found[two], two: found[one]} if calls == 2 else found
+
+        monkeypatch.setattr(form, "names", names)
+
+    return mix

@@ -589,19 +589,10 @@ def test_dynamic_scaling_stands_still_in_a_head() -> None:
 
 
 def test_a_form_that_reads_back_otherwise_is_not_published(
-    tmp_path: Path, base: BaseLM, head: Eagle3, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, base: BaseLM, head: Eagle3, mixed_up: Callable[..., None]
 ) -> None:
     """A table that takes one norm for the other on the way back."""
-    calls = 0
-
-    def names(form: Any, of: Any) -> dict[str, str]:
-        nonlocal calls
-        calls += 1
-        found, one, two = original(form, of), "midlayer.hidden_norm.weight", "norm.weight"
-        return {**found, one: found[two], two: found[one]} if calls == 2 else found
-
-    original = eagle.Eagle3.names
-    monkeypatch.setattr(eagle.Eagle3, "names", names)
+    mixed_up(eagle.Eagle3, "midlayer.hidden_norm.weight", "norm.weight")
     with pytest.raises(NumericsError, match="does not read back equal"):
         export(tmp_path / "out", head, base)
     assert list(tmp_path.iterdir()) == []
