@@ -132,7 +132,7 @@ def generate(
     if tree is not None:
         told["tree"] = _tree(tree)
     decoding = DecodingConfig(**told)
-    given = _company(base, head, draft)
+    given = company(base, head, draft)
     tuned = None if head is None or given["gates"] is not None else tuned_tree(head)
     shape = decoding.shape(given.pop("deepest"), tuned) if given["drafters"] else None
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_ids": base.eos_ids}
@@ -159,7 +159,7 @@ def _prompts(input_ids: Any) -> tuple[list[list[int]], bool]:
     return [list(prompt) for prompt in given], one
 
 
-def _company(base: BaseLM, head: Head | None, draft: BaseLM | None) -> dict[str, Any]:
+def company(base: BaseLM, head: Head | None, draft: BaseLM | None = None) -> dict[str, Any]:
     """Who plays which role in the engine; where somebody drafts, `deepest` says how far that goes."""
     if head is not None and draft is not None:
         raise ConfigError("head, draft: give one of them")

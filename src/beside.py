@@ -89,8 +89,10 @@ class Beside:
         return self.head or (self.draft_model if recorded.get("kind") == DRAFT_MODEL else None)
 
     def _recorded(self, recorded: Mapping[str, Any], folder: Path | str) -> Any:
+        from draftsmith.exporters.native import DRAFTER
+
         path, kind = str(recorded.get("path")), recorded.get("kind")
-        if (inside := Path(folder) / "drafter").is_dir():  # it travelled with the gate
+        if (inside := Path(folder) / DRAFTER).is_dir():  # it travelled with the gate
             path = str(inside)
         if not Path(path).is_dir():
             key = "companion=hf companion.path" if kind == DRAFT_MODEL else "drafter"

@@ -14,13 +14,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from draftsmith import artifacts
+from draftsmith.api import company
 from draftsmith.base import attention, lora
 from draftsmith.base.lm import BaseLM
 from draftsmith.base.spec import tokenizer_sha256
@@ -29,10 +30,8 @@ from draftsmith.contracts import BaseSpec, Head
 from draftsmith.decoding.engine import Generation, decode
 from draftsmith.decoding.referee import DecodingConfig
 from draftsmith.errors import ConfigError, DataError
-from draftsmith.exporters.native import DRAFTER
-from draftsmith.heads.acceptance import Acceptance
 from draftsmith.judging import tuned_tree
-from draftsmith.roles import Drafter, Primer, Proposal, Verdict
+from draftsmith.roles import Proposal, Verdict
 
 # What is given to the call itself and what no loop that transformers prepares would hear of.
 REFUSED = {
@@ -166,16 +165,16 @@ class _Call:
 
     def _decoded(self, base: BaseLM, head: Head) -> list[Generation]:
         """Every prompt's, all in one batch where the head can."""
-        company = _company(head)
-        if company["drafters"] is not None:
-            tuned = None if company["gates"] is not None else tuned_tree(head)
-            company["shape"] = self.decoding.shape(_reach(head), tuned)
+        given = company(base, head)
+        if given["drafters"] is not None:
+            tuned = None if given["gates"] is not None else tuned_tree(head)
+            given["shape"] = self.decoding.shape(given.pop("deepest"), tuned)
         rules, eos_ids = self.decoding.rules, frozenset(self.eos)
         seeds = [0] * len(self.prompts)
         if not rules.greedy:  # torch.manual_seed makes a call repeatable, as it does without a head
             seeds = torch.randint(2**62, (len(self.prompts),)).tolist()
         stream = None if self.streamer is None else _Stream(self.streamer, self.limit, eos_ids)
-        how: dict[str, Any] = {"max_new_tokens": self.limit, "eos_ids": eos_ids, "rules": rules, **company}
+        how: dict[str, Any] = {"max_new_tokens": self.limit, "eos_ids": eos_ids, "rules": rules, **given}
         how["watch"] = None if stream is None else stream.watch
         size = len(self.prompts) if head.role != "primer" else 1
         found: list[Generation] = []
@@ -256,22 +255,6 @@ def _ends(criteria: Sequence[Any], length: int) -> tuple[list[int], int]:
     return eos, limit
 
 
-def _company(head: Head) -> dict[str, Any]:
-    """Who plays which role in the engine."""
-    if isinstance(head, Acceptance):
-        return {"drafters": head.beside, "gates": head.gate(), "primer": None}
-    drafts = head.role == "drafter"
-    drafter, primer = (cast(Drafter, head), None) if drafts else (None, cast(Primer, head))
-    return {"drafters": drafter, "gates": None, "primer": primer}
-
-
-def _reach(head: Head) -> int:
-    """How deep it drafts where nobody says."""
-    if isinstance(head, Acceptance):
-        return min(head.beside.max_depth, head.config.max_depth)
-    return cast(Drafter, head).max_depth
-
-
 def _loaded(folder: Path, base: BaseLM, tokenizer: Any) -> Head:
     """The folder's head for this model, read once; anew when the folder is another one, or the model has moved."""
     kept = HEADS.setdefault(base.model, {})
@@ -282,8 +265,7 @@ def _loaded(folder: Path, base: BaseLM, tokenizer: Any) -> Head:
     if told is None or path not in kept or kept[path][0] != state:
         kept.pop(path, None)
         base.spec = _spec(folder, base, tokenizer)
-        drafter = folder / DRAFTER
-        head = Beside(base, None, str(drafter) if drafter.is_dir() else None).load(folder)
+        head = Beside(base, None, None).load(folder)
         if head.lossy:
             warnings.warn(f"{folder}: a lossy head; the text may be another than the model's own", stacklevel=3)
         kept[path] = (state, head)
