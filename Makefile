@@ -2,7 +2,7 @@
 # and how to choose a torch). ARGS go to the command: make quickstart ARGS="seed=1", make test ARGS="-k tree".
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-faults test-kills test-rank-kills test-gpu test-cluster test-runtimes bench lint wheel clean
+.PHONY: help setup quickstart test test-slow test-docs test-faults test-kills test-rank-kills test-gpu test-cluster test-runtimes bench lint wheel clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 18
@@ -18,6 +18,9 @@ test:            ## lint and the quick tests
 
 test-slow:       ## the tests marked slow
 	@LINT=0 scripts/test.sh -m slow $(ARGS)
+
+test-docs:       ## the tests marked docs: what README.md and docs/ tell a reader to run, minutes
+	@LINT=0 scripts/test.sh -m docs --dist load tests/docs $(ARGS)
 
 test-faults:     ## the tests marked faults: killed processes, full disks, broken files
 	@LINT=0 scripts/test.sh -m faults $(ARGS)

@@ -26,6 +26,7 @@ from draftsmith.training.settings import Settings
 if TYPE_CHECKING:
     from draftsmith.asking import Asked
     from draftsmith.base.lm import BaseLM
+    from draftsmith.contracts import Head
     from draftsmith.decoding.referee import DecodingConfig
     from draftsmith.evaluate import EvaluateConfig
     from draftsmith.roles import Drafter
@@ -67,13 +68,8 @@ class BakeoffConfig:
         own = [f"experiment={self.like}", f"head=[{head}]", *self.train, *settings]
         fixed = ["trainer.epochs=null", "trainer.max_steps=1", f"trainer.threads={self.threads}"]
         cfg = config.compose("train", [*own, *fixed, *more])
+        check_comparable(cfg, head)
         trainer = Settings.of(cfg).trainer
-        if any(kind.role != "drafter" for kind, _ in train.heads_of(cfg).values()):
-            raise ConfigError(f"compare: {head} does not draft; leave it out")
-        if any(kind.adapts for kind, _ in train.heads_of(cfg).values()):
-            raise ConfigError(f"compare: {head} trains an adapter, so its base is not the others'; leave it out")
-        if list(cfg.heads) != [head]:
-            raise ConfigError(f"compare: {head} would train {list(cfg.heads)}; name yamls of conf/head")
         if trainer.accelerator != "cpu" or trainer.devices * trainer.num_nodes > 1:
             raise ConfigError("train: CPU-seconds are counted in one process; leave trainer.accelerator and devices")
         return cfg
@@ -128,16 +124,7 @@ class Contest:
         return native.load(self.folder(run) / "heads" / run["head"], self.base.spec, device=self.base.device)
 
     def tokens_per_step(self, run: Run, which: str) -> float:
-        from draftsmith.decoding.engine import generate
-        from draftsmith.decoding.stats import Stats
-
-        drafter, total = cast("Drafter", self.head(run)), Stats()
-        how: dict[str, Any] = {"drafter": drafter, "shape": self.decoding.shape(drafter.max_depth)}
-        how |= {"rules": self.decoding.rules, "seed": self.decoding.seed}
-        how |= {"max_new_tokens": self.decoding.max_new_tokens, "eos_ids": self.base.eos_ids}
-        for prompt in self.asked[which]:
-            total += generate(self.base, prompt.ids, **how).stats
-        return total.tokens_per_step
+        return decoded(self.base, self.head(run), self.asked[which], self.decoding)
 
     def same_rows(self, runs: Sequence[Run]) -> str:
         """The rows' hash, the same for every run; DataError otherwise."""
@@ -161,6 +148,31 @@ class Contest:
             if r["seed"] != self.own.seeds[0]:
                 others[r["head"]].append(self.tokens_per_step(r, "prompts"))
         return found, others
+
+
+def check_comparable(cfg: DictConfig, head: str) -> None:
+    """ConfigError unless this configuration of draftsmith train trains one drafter, on the base that all have."""
+    kinds = [kind for kind, _ in train.heads_of(cfg).values()]
+    if any(kind.role != "drafter" for kind in kinds):
+        raise ConfigError(f"compare: {head} does not draft; leave it out")
+    if any(kind.adapts for kind in kinds):
+        raise ConfigError(f"compare: {head} trains an adapter, so its base is not the others'; leave it out")
+    if list(cfg.heads) != [head]:
+        raise ConfigError(f"compare: {head} would train {list(cfg.heads)}; name yamls of conf/head")
+
+
+def decoded(base: BaseLM, head: Head, asked: Sequence[Asked], decoding: DecodingConfig) -> float:
+    """Tokens per step of a drafter on these prompts."""
+    from draftsmith.decoding.engine import generate
+    from draftsmith.decoding.stats import Stats
+
+    drafter, total = cast("Drafter", head), Stats()
+    how: dict[str, Any] = {"drafter": drafter, "shape": decoding.shape(drafter.max_depth)}
+    how |= {"rules": decoding.rules, "seed": decoding.seed}
+    how |= {"max_new_tokens": decoding.max_new_tokens, "eos_ids": base.eos_ids}
+    for prompt in asked:
+        total += generate(base, prompt.ids, **how).stats
+    return total.tokens_per_step
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import difflib
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from draftsmith import grid, shown
 from draftsmith.artifacts import disk, fingerprint
 from draftsmith.errors import ConfigError, DraftsmithError, Interrupted, ResourceError
 
@@ -47,6 +49,7 @@ MACHINE_KEYS = frozenset(
         "debug",
         "base.recompute",  # the same gradients, bit for bit
         "evaluate",
+        "logger",
         "strategy",
         "trainer.devices",
         "trainer.num_nodes",
@@ -56,6 +59,7 @@ MACHINE_KEYS = frozenset(
         "trainer.log_every",
         "trainer.checkpoint_every",
         "trainer.keep",
+        "trainer.profile",
         "data.num_workers",
         "data.generation.server.urls",
         "data.generation.server.concurrency",
@@ -86,7 +90,7 @@ def typed(node: Any, schema: type[T], key: str) -> T:
         if kind is not None and values.get(name) is not None
     }
     for name, kind in inner.items():
-        if kind is not None and name in values and values[name] is None and not _admits_none(hints[name]):
+        if kind is not None and values.get(name, "") is None and type(None) not in typing.get_args(hints[name]):
             raise ConfigError(f"{key}.{name}: null; give its keys, or leave it out for the defaults")
     leaves = {name: v for name, v in values.items() if inner[name] is None}
     fields = [(f.name, hints[f.name]) for f in dataclasses.fields(schema) if f.name in leaves]  # type: ignore[arg-type]
@@ -139,13 +143,20 @@ def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
     """A verb's configuration as its command line would compose it, inside a running verb or outside."""
     import hydra
 
+    overrides = [quoted(o) for o in overrides]
     try:
         if GlobalHydra.instance().is_initialized():
-            return hydra.compose(verb, list(overrides))
+            return hydra.compose(verb, overrides)
         with hydra.initialize_config_module("draftsmith.conf", version_base=None):
-            return hydra.compose(verb, list(overrides))
-    except MissingConfigException as e:
+            return hydra.compose(verb, overrides)
+    except HydraException as e:
         raise ConfigError(_explain(e, verb)) from None
+
+
+def quoted(override: str) -> str:
+    """debug=true and debug=false as Hydra takes them: the names of two choices, which it would read as booleans."""
+    said = re.fullmatch("debug=(true|false)", override)
+    return f'debug="{said[1]}"' if said else override
 
 
 def changed(cfg: DictConfig, verb: str, overrides: Sequence[str]) -> DictConfig:
@@ -172,19 +183,23 @@ def changed(cfg: DictConfig, verb: str, overrides: Sequence[str]) -> DictConfig:
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration without the keys that say where and how fast: what a run *is*."""
-    plain = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False))
-    leaves = dict(flat(plain))
+    leaves = dict(flat(plain(cfg)))
     kept = {k: v for k, v in leaves.items() if not any(k == m or k.startswith(m + ".") for m in MACHINE_KEYS)}
     if all(isinstance(leaves.get(k), int) for k in SPLIT_KEYS):
         kept["global_batch"] = math.prod(leaves[k] for k in SPLIT_KEYS)
     return kept
 
 
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as dicts and lists; a value that must still be given is '???'."""
+    return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False))
+
+
 def run_dir(cfg: DictConfig, verb: str) -> Path:
-    """cfg.run_dir, or runs/<experiment or verb>-<8 hex of the identity>: same command, same folder."""
+    """cfg.run_dir, in a grid cfg.run_dir/<8 hex of the identity>, so that a wider or reordered one finds what it has
+    finished; or runs/<experiment or verb>-<8 hex>: same command, same folder."""
     if not OmegaConf.is_missing(cfg, "run_dir") and cfg.run_dir is not None:
-        chosen = Path(cfg.run_dir)
-        return chosen / f"job-{HydraConfig.get().job.num}" if _in_sweep() else chosen
+        return Path(cfg.run_dir) / fingerprint(identity(cfg))[:8] if grid.is_job(verb) else Path(cfg.run_dir)
     return Path("runs") / f"{cfg.get('experiment') or verb}-{fingerprint(identity(cfg))[:8]}"
 
 
@@ -206,16 +221,21 @@ def command(verb: str, run: Callable[[DictConfig], Any]) -> NoReturn:
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     codes: list[int] = []
+    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
 
     def task(cfg: DictConfig) -> None:
         def known() -> None:
             _refuse_unknown(cfg, verb)
+            _refuse_secrets(cfg)
+            if grid.is_job(verb):
+                grid.begin(cfg, run_dir(cfg, verb))
             run(cfg)
 
-        codes.append(_guarded(known, verb, debug=bool(cfg.get("debug"))))
+        if Interrupted.exit_code not in codes:  # who stops a job stops the grid
+            codes.append(_guarded(known, verb, debug=bool(cfg.get("debug"))))
 
     main = hydra.main(version_base=None, config_path=CONF, config_name=verb)(task)
-    outside = _guarded(main, verb, debug="debug=true" in sys.argv)
+    outside = _guarded(main, verb, debug='debug="true"' in sys.argv)
     _leave(max([outside, *codes]))
 
 
@@ -280,11 +300,12 @@ def _say_how_to_resume(verb: str) -> None:
     if LAUNCHED in os.environ and "RANK" in os.environ:
         return
     launched = "the same launcher with: " if "RANK" in os.environ else ""
-    print(f"resume: {launched}{shlex.join(['draftsmith', verb, *sys.argv[1:]])}", file=sys.stderr, flush=True)
+    told = f"resume: {launched}{shlex.join(['draftsmith', verb, *sys.argv[1:]])}"
+    print(shown.clean(told), file=sys.stderr, flush=True)
 
 
 def _say(message: object, code: int) -> int:
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    print(f"error: {shown.clean(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     return code
 
 
@@ -292,15 +313,26 @@ def _refuse_unknown(cfg: DictConfig, verb: str) -> None:
     """`+key=value` adds whatever is asked; below the top, each group's owner refuses what it does not know."""
     known = {*compose(verb), "base", "companion", "figures", "gate"}
     for key in map(str, cfg):
+        if key not in known and isinstance(cfg.debug, str):
+            raise ConfigError(f"debug={cfg.debug}: sets {key}, which {verb} has not; it is train's and plan's")
         if key not in known:
             raise ConfigError(f"{key}: no such key{_nearest(key, known)}")
+
+
+def _refuse_secrets(cfg: DictConfig) -> None:
+    """A configuration is written into the run's folder and told to trackers: no secret may stand in it."""
+    for key, value in flat(plain(cfg)):
+        for text in value if isinstance(value, list) else [value]:
+            if why := shown.secret_in(text) if isinstance(text, str) else "":
+                raise ConfigError(f"{key}: holds {why}; leave it out, and give it by an environment variable")
 
 
 def _explain(e: Exception, verb: str) -> str:
     """Hydra's message as one line that names the nearest valid spelling."""
     if isinstance(e, MissingConfigException) and e.missing_cfg_file:
         group, _, name = str(e.missing_cfg_file).rpartition("/")
-        options = e.options or _choices(group)  # of a list, as head=[…], Hydra does not tell them
+        folder = resources.files("draftsmith.conf").joinpath(*group.split("/"))  # Hydra tells none of a list, head=[…]
+        options = e.options or sorted(p.stem for p in map(Path, map(str, folder.iterdir())) if p.suffix == ".yaml")
         return f"{group}: no such choice '{name}'{_nearest(name, options)}; there are {', '.join(options)}"
     if isinstance(e, MissingMandatoryValue):
         return f"{e.full_key}: must be given, as {e.full_key}=…"
@@ -311,11 +343,6 @@ def _explain(e: Exception, verb: str) -> str:
         known = {".".join(k.split(".")[: i + 1]) for k in leaves for i in range(k.count(".") + 1)}
         return f"{missing}: no such key{_nearest(str(missing), sorted(known))}"
     return text
-
-
-def _choices(group: str) -> list[str]:
-    folder = resources.files("draftsmith.conf").joinpath(*group.split("/"))
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
 def _first_line(e: Exception) -> str:
@@ -337,14 +364,6 @@ def _dataclass_in(hint: Any) -> type | None:
     several = isinstance(hint, types.UnionType) or typing.get_origin(hint) is dict
     options = typing.get_args(hint) if several else (hint,)
     return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
-
-
-def _admits_none(hint: Any) -> bool:
-    return type(None) in typing.get_args(hint)
-
-
-def _in_sweep() -> bool:
-    return HydraConfig.initialized() and getattr(HydraConfig.get().mode, "name", None) == "MULTIRUN"
 
 
 def claim(cfg: DictConfig, folder: Path, *, begun: bool = True) -> None:

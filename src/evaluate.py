@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, asking, certify, config, judging, prepare, supply
+from draftsmith import artifacts, asking, certify, config, judging, prepare, report, supply
 from draftsmith.beside import Beside
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.prompts import PromptsConfig, user_turns
@@ -21,6 +21,7 @@ from draftsmith.decoding.gates import GateConfig
 from draftsmith.decoding.referee import HF, PLAIN, DecodingConfig
 from draftsmith.errors import ConfigError, DataError
 from draftsmith.reporting import gates, leaderboard, primers, table
+from draftsmith.training import tracking
 
 if TYPE_CHECKING:
     from draftsmith.base.lm import BaseLM
@@ -88,6 +89,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     with artifacts.disk(run_dir, "evaluation.json"):
         run_dir.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(run_dir / "evaluation.json", result)
+    tracking.conclude(run_dir, result)
     prepare.say(table.evaluation(result))
     prepare.say(f"-> {run_dir / 'evaluation.json'}")
     if len(found["heads"]) > 1:
@@ -99,6 +101,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         prepare.say(gates.write(run_dir, found["heads"]))
     case = certify.Case(base, heads, [a.ids for a in asked], decoding, gate, settings.certificate)
     certificate = certify.write(run_dir, cfg, case) if settings.certify else None
+    report.write(run_dir)
     judging.check_proofs(found, dtype, run_dir / "evaluation.json")
     if certificate is not None:
         certify.check(certificate, run_dir / certify.FILE)

@@ -3,7 +3,7 @@ proofs hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +12,7 @@ import torch
 from draftsmith import artifacts, config, prepare
 from draftsmith.beside import DEPTH
 from draftsmith.contracts import Head, Needs
-from draftsmith.decoding import gating, priming
+from draftsmith.decoding import gating, priming, samples
 from draftsmith.decoding.breakdown import Label
 from draftsmith.decoding.company import BaselinesConfig
 from draftsmith.decoding.engine import generate
@@ -62,6 +62,7 @@ def judged(
     for name in own:
         weights = {"weights_sha256": artifacts.tensors_sha256(heads[name].state_dict())}  # a card knows its own by it
         found["heads"][name] |= {"parameters": sum(p.numel() for p in heads[name].parameters()), **weights}
+        found["heads"][name]["samples"] = shown(base, referee, own[name], prompts)
         if heads[name].role == "gate":
             found["heads"][name]["gate"] = of_gate(referee, cast(Acceptance, heads[name]), gate, prompts)
     priming_heads = {name: head for name, head in heads.items() if head.role == "primer"}
@@ -70,6 +71,23 @@ def judged(
         answers = [generate(base, prompt, **limits).tokens for prompt in prompts]
         how: dict[str, Any] = {"lengths": settings.prompt_lengths, "repeats": settings.repeats}
         found["primers"] = priming.judge(base, cast(Any, priming_heads), prompts, answers, **how)
+    return found
+
+
+def shown(
+    base: BaseLM, referee: Referee, contender: Contender, prompts: Sequence[Sequence[int]]
+) -> list[dict[str, Any]]:
+    """The first prompts and, step by step, what was accepted, said by the base and refused; control tokens are shown as
+    themselves."""
+    how = {k: v for k, v in referee.how.items() if k not in ("repeats", "seed")}
+
+    def decode(ids: Sequence[int]) -> str:
+        return base.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    found = []
+    for n, prompt in enumerate(prompts[: samples.PROMPTS]):  # seeds as when it was measured
+        steps = samples.steps_of(base, prompt, contender, seed=referee.decoding.seed + n, **how)
+        found.append({"prompt": decode(prompt), "steps": samples.told(steps, decode)})
     return found
 
 

@@ -6,6 +6,7 @@ logits of a few hundred rows at a time exist only while their loss and gradient 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,14 +17,26 @@ from torch.nn import functional as F
 from draftsmith import eager_losses
 
 CHUNK_LOGITS = 2**21  # logits alive at a time; 256 rows at V = 8192 was the fastest chunk measured on a CPU
+_forced: list[int] = []  # rows of a chunk, inside chunks_of
 
 Teacher = Callable[[int, int], tuple[Tensor, Tensor | None] | tuple[Tensor, None, Tensor]]
 """(start, stop) -> logits [n, V] of rows start..stop-1 without gradient, and which of them teach at all ([n] bool;
 None: all); or the logits of each row's T likeliest tokens, best first, None, and their ids [n, T]."""
 
 
-def _chunk_rows(vocab_size: int) -> int:
-    return max(64, CHUNK_LOGITS // vocab_size)
+def chunk_rows(vocab_size: int) -> int:
+    """Rows of logits that are alive at a time."""
+    return _forced[-1] if _forced else max(64, CHUNK_LOGITS // vocab_size)
+
+
+@contextlib.contextmanager
+def chunks_of(rows: int) -> Iterator[None]:
+    """Inside, chunks of so many rows: what is rehearsed in small has several too."""
+    _forced.append(rows)
+    try:
+        yield
+    finally:
+        _forced.pop()
 
 
 def _project(
@@ -133,7 +146,7 @@ def linear_cross_entropy(
             x_ND[where_M], weight_VD, target_N[where_M], bias_V=bias_V, softcap=softcap, measure=measure, rows=rows
         )
         return summed, torch.full_like(target_N, -1).index_copy(0, where_M, best_M)
-    rows = rows or _chunk_rows(weight_VD.shape[0])
+    rows = rows or chunk_rows(weight_VD.shape[0])
     x_ND, weight_VD = x_ND.contiguous(), weight_VD.to(x_ND.dtype)
     return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, rows, softcap, measure)
 
@@ -351,7 +364,7 @@ def linear_soft_cross_entropy(
     if plain:
         given = (x_KND, weights, teacher, counted_KN, biases, factors, top_k, measure, softcap)
         return SoftOut(*eager_losses.soft_cross_entropy(*given))
-    rows = min(rows or _chunk_rows(weights[0].shape[0]), max(x_KND.shape[1], 1))
+    rows = min(rows or chunk_rows(weights[0].shape[0]), max(x_KND.shape[1], 1))
     params = {id(t): t for t in (*weights, *biases) if t is not None}  # a shared one once, with one gradient
     place = {key: i for i, key in enumerate(params)}
     plan = _Plan(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import platform
 import subprocess
@@ -20,8 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from draftsmith import artifacts, config
-from draftsmith.base.settings import QUANTISED, LoraConfig
+from draftsmith import artifacts, config, shown
+from draftsmith.base.settings import QUANTISED, LoraConfig, ShapeConfig
 from draftsmith.errors import ConfigError
 from draftsmith.training import processes
 
@@ -43,6 +44,8 @@ class BaseConfig:
     compile: bool = False  # torch.compile of its blocks
     quantise: str | None = None  # int8 | int4: how the weights of its blocks are kept
     recompute: bool = False  # its blocks again in the backward pass, where gradients pass through them
+    shape: ShapeConfig | None = None  # its sizes; what is loaded must have them
+    fake: bool = False  # tiny random weights in the proportions of `shape`, of the recipe or of path/config.json
 
     def __post_init__(self) -> None:
         if self.lora is not None and self.adapter is not None:
@@ -78,6 +81,7 @@ def load_base(base: BaseConfig, device: str = "cpu", cutter: Cutter | None = Non
     """The base of this configuration, made first if it has a recipe; in pieces where there is somebody to cut it up."""
     if device == "cpu":  # peft imports deepspeed where it is installed, which warns that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    base = stand_in(base)
     path = base.path or str(base_folder(base))
     if base.trust_remote_code:
         say(f"trust_remote_code: running the code that {path} at revision {base.revision or 'newest'} brings")
@@ -96,12 +100,17 @@ def load_base(base: BaseConfig, device: str = "cpu", cutter: Cutter | None = Non
         from draftsmith.base import lm
 
         loaded = lm.load(path, quantise=base.quantise, **how)
+    if base.shape is not None:
+        from draftsmith.base import shapes
+
+        shapes.check(base.shape, loaded.spec, loaded.model.config)
     loaded.recompute = base.recompute
     return loaded.compile() if base.compile else loaded
 
 
 def path_of(base: BaseConfig) -> str:
     """Where the base lies: a folder's full path, or a hub id; made first if it has a recipe."""
+    base = stand_in(base)
     path = base.path or str(base_folder(base))
     return str(Path(path).resolve()) if Path(path).is_dir() else path
 
@@ -112,6 +121,17 @@ def outline(base: BaseConfig) -> Outline:
 
     told = outlines.outline(path_of(base), revision=base.revision, trust_remote_code=base.trust_remote_code)
     return replace(told, spec=replace(told.spec, quantised=base.quantise or ""))
+
+
+def stand_in(base: BaseConfig) -> BaseConfig:
+    """The base itself, or the small random one that stands for it where `fake` says so."""
+    if not base.fake:
+        return base
+    from draftsmith.base import shapes
+
+    model = shapes.fake(shapes.of(base.path, base.revision, base.shape, base.recipe))
+    recipe = {"seed": 0, "corpus": None, "vocab_size": None, "training": None, "model": model}
+    return replace(base, path=None, revision=None, trust_remote_code=False, shape=None, fake=False, recipe=recipe)
 
 
 def base_folder(base: BaseConfig) -> Path:
@@ -133,11 +153,12 @@ def source_sha256(module: str) -> str:
 
 
 def _make_base(recipe: dict[str, Any], target: Path) -> None:
-    from draftsmith.base import create
+    from draftsmith.base import create, shapes
 
     if recipe.get("corpus") is None:  # a shape to measure on: random weights, no tokenizer
         with artifacts.publish(target, kind="base", recipe=recipe) as temporary:
-            create.save(create.llama(recipe["model"], None, recipe["seed"]), None, temporary)
+            made = shapes.model if "model_type" in recipe["model"] else functools.partial(create.llama, tokenizer=None)
+            create.save(made(recipe["model"], seed=recipe["seed"]), None, temporary)
         return
     from draftsmith.data import synthetic
     from draftsmith.training.pretrain import PretrainConfig, pretrain
@@ -236,7 +257,7 @@ def say(text: str) -> None:
 def provenance(cfg: Any, **facts: Any) -> dict[str, Any]:
     """What a run was made from: versions, git commit, command, seed and the given fingerprints."""
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(shown.clean, sys.argv[1:])],
         "seed": cfg.get("seed"),
         "identity": artifacts.fingerprint(config.identity(cfg)),
         "git": _git(),

@@ -43,8 +43,11 @@ def is_store(path: str | Path | None) -> bool:
 
 def check_labels(data: DataConfig, base: BaseLM, companion: BaseLM) -> None:
     """DataError unless data.path, and data.validation.path if given, are folders of acceptance labels of this base and
-    this companion, and nothing else is learned."""
+    this companion, and nothing else is learned; random rows may have random labels."""
     from draftsmith.data.labels import PLAN, identity
+
+    if data.random is not None and data.random.labels:
+        return
 
     if data.loss_on == "all":
         raise ConfigError("data.loss_on=all: labels say themselves which tokens are learned; leave it at assistant")

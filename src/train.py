@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, config, prepare, stored, supply
+from draftsmith import artifacts, config, counting, prepare, shown, stored, supply
 from draftsmith.beside import Beside, told
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError, DataError, NumericsError
-from draftsmith.training import processes, strategy
-from draftsmith.training.settings import Settings
+from draftsmith.training import processes, strategy, tracking
+from draftsmith.training.settings import LoggerConfig, Settings
 
 if TYPE_CHECKING:
+    from lightning import Callback
+
     from draftsmith.base.lm import BaseLM
     from draftsmith.contracts import Head
     from draftsmith.data.importing import Chosen
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
 FEW_STEPS = 50  # the quickstart's head is useful after about a hundred
 
 
-def run(cfg: DictConfig) -> Path:
-    """Trains cfg.heads and returns the run directory; the same configuration resumes, or is complete."""
+def run(cfg: DictConfig, more: Sequence[Callback] = ()) -> Path:
+    """Trains cfg.heads and returns the run directory; the same configuration resumes, or is complete. more: callbacks
+    that watch this process train."""
     base_config = config.typed(cfg.base, prepare.BaseConfig, "base")
     data = config.typed(cfg.data, DataConfig, "data")
     processes.adopt(cfg.trainer)
     settings = Settings.of(cfg)
+    logger = config.typed(cfg.logger, LoggerConfig, "logger")
     prepare.check_seed(cfg.seed)
     chosen = heads_of(cfg)
     check_company(chosen, base_config, cfg.start_from)
@@ -52,10 +56,14 @@ def run(cfg: DictConfig) -> Path:
             processes.launch(arguments, trainer.devices)
         return run_dir
     with processes.joined(trainer.accelerator, settings.strategy.timeout, alone=bool(engine)) as watch:
+        tracker = tracking.of(logger, run_dir, shown.of(config.plain(cfg)))
+        how: dict[str, Any] = {"deepspeed": engine, "watch": watch, "more": more, "tracker": tracker}
         with contextlib.ExitStack() as held:
             done, source = processes.by_first(lambda: _claimed(cfg, run_dir, data, held))
+            if tracker is not None:
+                held.callback(tracker.close)
             if not done:
-                _run(cfg, run_dir, base_config, data, settings, chosen, source, engine, watch)
+                _run(cfg, run_dir, base_config, data, settings, chosen, source, how)
     return _judged(cfg, run_dir)
 
 
@@ -80,11 +88,15 @@ def _claimed(cfg: DictConfig, run_dir: Path, data: DataConfig, held: contextlib.
 
 
 def _judged(cfg: DictConfig, run_dir: Path) -> Path:
-    """The run, after draftsmith evaluate has looked at it, if cfg.evaluate asks for that."""
-    if cfg.evaluate is not None and processes.is_first():
-        from draftsmith import evaluate
+    """The run, after draftsmith evaluate has looked at it, if cfg.evaluate asks for that; in either case with its
+    report."""
+    if processes.is_first():
+        from draftsmith import evaluate, report
 
-        evaluate.run(config.compose("evaluate", [f"run_dir={run_dir}", *cfg.evaluate]))
+        if cfg.evaluate is not None:
+            evaluate.run(config.compose("evaluate", [f"run_dir={run_dir}", *cfg.evaluate]))
+        else:
+            report.write(run_dir)
     return run_dir
 
 
@@ -96,10 +108,10 @@ def _run(
     settings: Settings,
     chosen: dict[str, tuple[type[Head], Any]],
     source: str | None,
-    engine: dict[str, Any],
-    watch: processes.Watch,
+    how: dict[str, Any],
 ) -> None:
-    """Base, rows, heads, training, exports; nothing marks the run complete before the end."""
+    """Base, rows, heads, training, exports; nothing marks the run complete before the end. how: of fit.fit's
+    arguments those that say where and beside whom it runs."""
 
     import torch
 
@@ -107,8 +119,9 @@ def _run(
 
     if settings.trainer.threads:  # before the base writes rows: two threads on one busy core are far slower
         torch.set_num_threads(settings.trainer.threads)
+    prepare.say(counting.line(cfg, chosen))
     device = f"cuda:{processes.place().local}" if settings.trainer.accelerator == "gpu" else "cpu"
-    cutter = strategy.pieces(settings, engine)
+    cutter = strategy.pieces(settings, how["deepspeed"])
     base = prepare.load_base(base_config, device, cutter)
     whole = None if cutter is None else lambda: prepare.load_base(base_config, device)
     if base_config.lora is not None:
@@ -135,7 +148,7 @@ def _run(
     store = stored.of(data, base, heads, chosen_rows, skip_masked=settings.loss.skip_masked)
     ties |= {} if store is None else {"store": str(prepare.content_sha256(data.path))}
     ties |= {f"beside {name}": other["sha256"] for name, other in others.items()}
-    how: dict[str, Any] = {"seed": cfg.seed, "ties": ties, "deepspeed": engine, "watch": watch}
+    how |= {"seed": cfg.seed, "ties": ties}
     _fit(base, heads, chosen_rows, data, run_dir, settings, store, how)
     after = base.weights_sha256()
     processes.together(lambda: _unchanged(before, after))
@@ -143,6 +156,9 @@ def _run(
     if processes.is_first():
         facts = {"rows": len(chosen_rows.training), "funnel": chosen_rows.funnel, "sha256": ties}
         _finish(run_dir, heads, base, prepare.provenance(cfg, **facts), source, others)
+        if how["tracker"] is not None:
+            read: dict[str, str] = {kind: ties[kind] for kind in ("rows", "store") if kind in ties}
+            tracking.lineage(how["tracker"], read, facts, {name: run_dir / "heads" / name for name in heads})
 
 
 def _record(base: BaseLM, heads: dict[str, Head]) -> None:
@@ -294,6 +310,7 @@ def _fit(
         "horizon": max(head.horizon for head in heads.values()),
         "seed": how["seed"],
         "packing": data.packing,
+        "one_batch": data.one_batch,
         "store": store,
     }
     weights_N = rows.weights_N

@@ -27,9 +27,11 @@ GROUND: dict[str, set[str]] = {
     "drafting": {"contracts", "errors", "growth", "roles"},
     "targets": {"contracts", "errors"},
     "eager_losses": set(),
+    "shown": set(),
     "losses": {"contracts", "errors", "eager_losses"},
     "artifacts": {"contracts", "errors"},
-    "config": {"contracts", "errors", "artifacts"},
+    "grid": {"shown"},
+    "config": {"contracts", "errors", "artifacts", "grid", "shown"},
 }
 ROOMS = {"base", "heads", "data", "decoding", "training", "exporters", "reporting"}
 ROOF = {p.stem for p in SRC.glob("*.py")} - GROUND.keys() - {"__init__"} | {"serving"}
@@ -37,8 +39,8 @@ ROOF = {p.stem for p in SRC.glob("*.py")} - GROUND.keys() - {"__init__"} | {"ser
 TORCH_ONLY = {"heads", "decoding"}
 # Packages from outside -> the only places that may name them, TYPE_CHECKING included.
 HOMES: dict[str, set[str]] = {
-    "hydra": ROOF | {"config"},
-    "omegaconf": ROOF | {"config"},
+    "hydra": ROOF | {"config", "grid"},
+    "omegaconf": ROOF | {"config", "grid"},
     "lightning": ROOF | {"training", "data"},
     "deepspeed": {"training"},
     "wandb": {"training"},

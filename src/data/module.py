@@ -29,7 +29,8 @@ class Steps(Dataset):
 
     A global step holds world * accumulate * batch_size packs, consecutive in the endless stream of epochs;
     process r takes every world-th of them, so that every world size sees the same global steps.
-    weights_N: how often each row is seen per epoch; once where it is left out. store: the rows' captures.
+    weights_N: how often each row is seen per epoch; once where it is left out. store: the rows' captures. one_batch:
+    every step is the first one.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class Steps(Dataset):
         seed: int,
         weights_N: np.ndarray | None = None,
         packing: bool = True,
+        one_batch: bool = False,
         store: Store | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.packing, self.store = packing, store
+        self.packing, self.one_batch, self.store = packing, one_batch, store
         self.rows, self.length, self.seed = Rows.of(rows), length, seed
         self.batch_size, self.accumulate, self.rank, self.world = batch_size, accumulate, rank, world
         self.weights_N = np.ones(len(rows)) if weights_N is None else weights_N
@@ -90,7 +92,7 @@ class Steps(Dataset):
 
     def __getitem__(self, m: int) -> Batch:
         step, part = divmod(m, self.accumulate)
-        everyone = self.packs_of_step(step)
+        everyone = self.packs_of_step(0 if self.one_batch else step)
         per_part = self.batch_size * self.world
         mine = everyone[part * per_part : (part + 1) * per_part][self.rank :: self.world]
         counts_K = self.counts_NK[[n for pack in everyone for n in pack]].sum(0)
@@ -145,6 +147,7 @@ class RowsModule(L.LightningDataModule):
         stop: int,
         weights_N: np.ndarray | None = None,
         packing: bool = True,
+        one_batch: bool = False,
         measured: Sequence[Row] = (),
         num_workers: int = 0,
         store: Store | None = None,
@@ -162,6 +165,7 @@ class RowsModule(L.LightningDataModule):
             "seed": seed,
             "weights_N": weights_N,
             "packing": packing,
+            "one_batch": one_batch,
             "store": store,
         }
 

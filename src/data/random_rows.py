@@ -20,5 +20,6 @@ def made_up(config: RandomConfig, length: int, vocab_size: int) -> list[Row]:
         n = min(length, max(SHORTEST, round(size * scale)))
         learned = max(1, round(n * config.learned))
         ids = [rng.randrange(vocab_size) for _ in range(n)]
-        rows.append(Row(str(i), ids, [0] * (n - learned) + [1] * learned))
+        labels = [rng.random() for _ in range(n)] if config.labels else None
+        rows.append(Row(str(i), ids, [0] * (n - learned) + [1] * learned, labels=labels))
     return rows

@@ -62,6 +62,8 @@ def to_table(rows: Sequence[Row], extra: Mapping[str, tuple[pa.DataType, Sequenc
     columns["seed"] = pa.array([r.seed for r in rows], pa.int64())
     columns["ids"] = pa.array([np.asarray(r.ids, np.int32) for r in rows], pa.large_list(pa.int32()))
     columns["mask"] = pa.array([np.asarray(r.mask, np.uint8) for r in rows], pa.large_list(pa.uint8()))
+    if rows and all(r.labels is not None for r in rows):
+        columns["accept"] = pa.array([np.asarray(r.labels, np.float32) for r in rows], pa.large_list(pa.float32()))
     more = {name: pa.array(list(values), kind) for name, (kind, values) in (extra or {}).items()}
     return pa.table({**columns, **more})
 

@@ -36,6 +36,7 @@ class RandomConfig:
     real: float = 0.53  # mean length, as a share of data.length
     learned: float = 0.66  # share of a row's tokens, its last ones, that count
     sigma: float = 0.6  # of the lognormal lengths; 0: all equal
+    labels: bool = False  # a random label per token too, as an acceptance head beside a draft model wants
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,6 +62,7 @@ class DataConfig:
     length: int = 2048  # tokens per packed sequence
     batch_size: int = 8  # packed sequences per micro-batch and process
     packing: bool = True  # False: a row per sequence, padded to `length`, as the plain step of a bench has it
+    one_batch: bool = False  # the rows of the first step in every step: a head that cannot learn them learns nothing
     num_workers: int = 0
 
     def __post_init__(self) -> None:

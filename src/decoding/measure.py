@@ -90,7 +90,7 @@ def measure(
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
         seeds = [seed + first + b for b in range(len(batch))]  # or the prompts' texts would share their chance
-        texts = _references(base, batch, max_new_tokens, seeds, limits)
+        texts = references(base, batch, max_new_tokens, seeds, limits)
         if first == 0:  # everybody's first call warms up untimed
             for name in names:
                 run(name, batch, texts)
@@ -134,7 +134,7 @@ def decoded(
     return decode(base, batch, drafters=drafters, gates=gates, shape=contender.shape, **told)  # type: ignore[arg-type]
 
 
-def _references(
+def references(
     base: BaseView, batch: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int], limits: dict[str, Any]
 ) -> list[list[int]]:
     """The base's own continuations; of greedy ones what an oracle needs at the end too: some tokens past the cut."""

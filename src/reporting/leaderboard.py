@@ -97,7 +97,7 @@ def markdown(heads: Sequence[Entry]) -> str:
 def text(heads: Sequence[Entry]) -> str:
     """The same for a terminal."""
     header, rows = _cells(heads)
-    return f"{_aligned(header, rows)}\n{_caption(header)}"
+    return f"{aligned(header, rows)}\n{_caption(header)}"
 
 
 def runs(made: Sequence[Mapping[str, Any]]) -> str:
@@ -107,7 +107,7 @@ def runs(made: Sequence[Mapping[str, Any]]) -> str:
         [r["head"], f"{r['lr']:g}", str(r["seed"]), f"{r['steps']:,}", f"{r['cpu_seconds']:.1f}", _became(r)]
         for r in made
     ]
-    return _aligned(header, rows)
+    return aligned(header, rows)
 
 
 def _became(run: Mapping[str, Any]) -> str:
@@ -116,7 +116,7 @@ def _became(run: Mapping[str, Any]) -> str:
     return f"{run['tokens_per_step']:.3f}{' *' if run['chosen'] else ''}"
 
 
-def _aligned(header: list[str], rows: list[list[str]]) -> str:
+def aligned(header: list[str], rows: list[list[str]]) -> str:
     """The first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [[cell.rjust(w) for cell, w in zip(line, widths, strict=True)] for line in (header, *rows)]

@@ -1,21 +1,22 @@
-"""What happens at the edges of steps: metrics.jsonl, the progress bar, checkpoints, signals."""
+"""What happens at the edges of steps: metrics.jsonl, events.jsonl, checkpoints, signals."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-from tqdm import tqdm
 
 from draftsmith import artifacts
+from draftsmith.errors import ResourceError
 from draftsmith.training import checkpoint, processes, strategy
+from draftsmith.training.clock import Clock
 from draftsmith.training.module import TrainModule
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -46,43 +47,27 @@ class Following(L.Callback):
         self.watch.leaving = True  # a checkpoint may still be on its way to the disk
 
 
-class Clock(L.Callback):
-    """Tokens and seconds since the run (re)started; packed positions that hold a token count."""
-
-    def __init__(self) -> None:
-        self.tokens, self.began, self.mark, self.rate = 0, 0.0, (0, 0.0), 0.0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.began = time.perf_counter()
-        self.mark = (0, self.began)
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
-        self.tokens += int((batch.documents_BT >= 0).sum()) * trainer.world_size
-        if step_done(trainer, idx) and module.measured:
-            now = time.perf_counter()
-            self.rate = (self.tokens - self.mark[0]) / max(1e-9, now - self.mark[1])
-            self.mark = (self.tokens, now)
-
-
 class Validation(L.Callback):
     """Measures the held-out rows every so many steps and at the end; `module.validated` holds the result until the
     next step. Stands before Metrics, which writes it down."""
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, every: int, clock: Clock) -> None:
+        self.every, self.clock = every, clock
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
         module.validated = {}
         step = module.done(idx)
         if step_done(trainer, idx) and (step % self.every == 0 or step == module.steps):
-            module.validated = module.validate(cast(Any, trainer).datamodule.validation())
+            with self.clock.within("validation"):
+                module.validated = module.validate(cast(Any, trainer).datamodule.validation())
 
 
 class Metrics(L.Callback):
-    """metrics.jsonl: one object per measured step; on resume, lines past the checkpoint are cut off."""
+    """metrics.jsonl: one object per measured step; on resume, lines past the checkpoint are cut off. tell: who else
+    gets the line, once it is written."""
 
-    def __init__(self, path: Path, clock: Clock) -> None:
-        self.path, self.clock = path, clock
+    def __init__(self, path: Path, clock: Clock, tell: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        self.path, self.clock, self.tell = path, clock, tell
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -94,8 +79,11 @@ class Metrics(L.Callback):
         step, peak = module.done(idx), trainer.optimizers[0].param_groups[0]["initial_lr"]
         lr = peak * module.settings.scheduler.factor(step - 1, module.steps)  # the group's lr is the next step's by now
         line = {"step": step, **module.measured, **module.validated, "lr": lr, "tokens_per_second": self.clock.rate}
+        line["base_forward_share"] = round(self.clock.share, 4)
         with artifacts.disk(self.path, "metrics"), open(self.path, "a") as f:
             f.write(json.dumps(line) + "\n")
+        if self.tell is not None:
+            self.tell(line)
 
 
 def truncate(path: Path, step: int) -> None:
@@ -118,52 +106,39 @@ def truncate(path: Path, step: int) -> None:
         os.replace(temporary, path)
 
 
-class Progress(L.Callback):
-    """A bar with loss, top-1 per depth, estimated tokens per step, tokens/s and time left; without a
-    terminal, a line at every tenth of the run."""
+class Events(L.Callback):
+    """events.jsonl: when a training began, from which step, and how it ended; a kill leaves no end. seconds: of the
+    clock's parts."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.bar: tqdm | None = None
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self.path, self.clock = path, clock
+        self._at = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = cast(TrainModule, pl_module)
-        if trainer.is_global_zero and sys.stderr.isatty():
-            self.bar = tqdm(total=module.steps, initial=module.start, unit="step", dynamic_ncols=True)
+        self._at = module.start
+        if trainer.is_global_zero:
+            self.write("started", module.start, of=module.steps, processes=trainer.world_size)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
-        if not (trainer.is_global_zero and step_done(trainer, idx)):
-            return
-        step = module.done(idx)
-        if module.validated:
-            told = "  ".join(self.parts(module, "validation", module.validated))
-            tqdm.write(f"step {step}/{module.steps}  validation: {told}")
-        if self.bar is not None:
-            self.bar.update(1)
-            if module.measured:
-                self.bar.set_postfix_str(self.text(module))
-        elif module.measured and step // (tenth := max(1, module.steps // 10)) > ((step - module.log_every) // tenth):
-            passed = time.perf_counter() - self.clock.began
-            left = passed / max(1, step - module.start) * (module.steps - step)
-            print(f"step {step}/{module.steps}  {self.text(module)}  {left:.0f} s left", flush=True)
-
-    def text(self, module: TrainModule) -> str:
-        return "  ".join([*self.parts(module, "train", module.measured), f"{self.clock.rate:,.0f} tok/s"])
-
-    def parts(self, module: TrainModule, kind: str, measured: Mapping[str, float]) -> list[str]:
-        parts = []
-        for name, _ in module.each_head():
-            m = {k.removeprefix(f"{kind}/{name}/"): v for k, v in measured.items()}
-            depths = sorted(int(k.removeprefix("top1/")) for k in m if k.startswith("top1/"))
-            top1 = "/".join(f"{m[f'top1/{k}']:.2f}" for k in depths if k)
-            parts.append(f"{name} loss {m['loss']:.3f}")
-            parts += [f"top-1 {top1}"] if top1 else []
-            parts += [f"tokens/step ~{m['tokens_per_step']:.2f}"] if "tokens_per_step" in m else []
-        return parts
+        self._at = module.done(idx)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if trainer.is_global_zero:
+            done = self._at == cast(TrainModule, pl_module).steps
+            self.write("complete" if done else "stopped", self._at, seconds=self.clock.split())
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.is_global_zero:
+            try:
+                self.write("failed", self._at, seconds=self.clock.split())
+            except ResourceError as e:  # the run ends by `exception`; what the disk said is told beside it
+                print(f"warning: {e}", flush=True)
+
+    def write(self, event: str, step: int, **more: Any) -> None:
+        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "step": step, **more}
+        with artifacts.disk(self.path, "events"), open(self.path, "a") as f:
+            f.write(json.dumps(line) + "\n")
 
 
 class Checkpoints(L.Callback):
@@ -171,11 +146,21 @@ class Checkpoints(L.Callback):
     step, saves and stops; a second one leaves at once, with the previous checkpoint intact.
 
     Every process takes part: the engine's tensors are gathered, and where the first one cannot write them all of them
-    fail. It writes beside the training; the next save, and the end, wait for that.
+    fail. It writes beside the training; the next save, and the end, wait for that. tracked: where a tracker of
+    experiments keeps this run, which a resumed one goes on with.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int, ties: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        keep: int,
+        ties: Mapping[str, str],
+        clock: Clock | None = None,
+        tracked: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
         self.folder, self.every, self.keep, self.ties = folder, every, keep, ties
+        self.clock, self.tracked = clock or Clock(), tracked
         self.asked: int | None = None
         self.stopped_at: int | None = None
         self.writer = checkpoint.Writer()
@@ -186,7 +171,8 @@ class Checkpoints(L.Callback):
         self._before = {s: signal.signal(s, self._ask) for s in SIGNALS}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        processes.together(self.writer.finish)
+        with self.clock.within("checkpoint"):
+            processes.together(self.writer.finish)
         if self.stopped_at is not None:
             self.deaf()
         else:
@@ -227,7 +213,8 @@ class Checkpoints(L.Callback):
         if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if step % self.every == 0 or step == module.steps or stop:
-            self._save(trainer, module, step)
+            with self.clock.within("checkpoint"):
+                self._save(trainer, module, step)
         if stop and step < module.steps:
             self.stopped_at = step
             trainer.should_stop = True
@@ -236,5 +223,5 @@ class Checkpoints(L.Callback):
         processes.together(self.writer.finish)
         found = {name: strategy.tensors(trainer, part) for name, part in module.trained().items()}
         if trainer.is_global_zero:
-            how: dict[str, Any] = {"keep": self.keep, "ties": self.ties}
+            how: dict[str, Any] = {"keep": self.keep, "ties": self.ties, "tracked": self.tracked()}
             self.writer.start(lambda: checkpoint.save(self.folder, step, found, **how))

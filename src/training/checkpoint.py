@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +30,35 @@ SEAL = "COMPLETE.json"
 @dataclass
 class Checkpoint:
     """One loaded checkpoint. tensors: head -> the file's tensors, {} on all processes but the first; updates: head ->
-    optimiser updates made; ties: fingerprints of what the run trains on."""
+    optimiser updates made; ties: fingerprints of what the run trains on; tracked: where a tracker keeps the run."""
 
     step: int
     ties: dict[str, str]
     tensors: dict[str, dict[str, torch.Tensor]]
     updates: dict[str, int]
+    tracked: dict[str, str] = field(default_factory=dict)
 
 
 Found = Mapping[str, tuple[Mapping[str, torch.Tensor], int]]  # head -> its tensors, and the updates made
 
 
-def save(folder: Path, step: int, found: Found, *, keep: int, ties: Mapping[str, str]) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    found: Found,
+    *,
+    keep: int,
+    ties: Mapping[str, str],
+    tracked: Mapping[str, str] | None = None,
+) -> Path:
     """Publishes step `step`, moves `last`, then deletes all but the newest `keep`."""
     target = folder / f"step-{step:08d}"
     with artifacts.publish(target, manifest=SEAL, kind="checkpoint", step=step) as temporary:
         for name, (tensors, _) in found.items():
             artifacts.write_tensors(temporary / f"{name}.safetensors", tensors)
         updates = {name: updates for name, (_, updates) in found.items()}
-        artifacts.write_json(temporary / "state.json", {"step": step, "updates": updates, "ties": dict(ties)})
+        state = {"step": step, "updates": updates, "ties": dict(ties), "tracked": dict(tracked or {})}
+        artifacts.write_json(temporary / "state.json", state)
     artifacts.write_json(folder / "last", {"checkpoint": target.name})
     done = [name for name in _complete(folder) if name <= target.name]  # a later one is damaged, or it had resumed
     with artifacts.disk(folder, "its rotation"):
@@ -106,7 +116,7 @@ def load(path: Path) -> Checkpoint:
         tensors = {name: load_file(path / f"{name}.safetensors") for name in state["updates"]}
     except SafetensorError as e:
         raise DataError(f"{path}: not safetensors ({e})") from None
-    return Checkpoint(state["step"], state["ties"], tensors, state["updates"])
+    return Checkpoint(state["step"], state["ties"], tensors, state["updates"], state.get("tracked", {}))
 
 
 def check(checkpoint: Checkpoint, parts: Mapping[str, nn.Module]) -> None:

@@ -15,8 +15,12 @@ from draftsmith import artifacts
 from draftsmith.contracts import BaseView, Batch, Head
 from draftsmith.errors import ConfigError, DataError, Diverged, Interrupted
 from draftsmith.training import callbacks, checkpoint, processes, strategy
+from draftsmith.training.clock import Clock
 from draftsmith.training.module import TrainModule, captured, rekeyed
+from draftsmith.training.profiling import profiled
+from draftsmith.training.progress import Progress
 from draftsmith.training.settings import Settings
+from draftsmith.training.tracking import Tracker
 
 
 def fit(
@@ -33,11 +37,12 @@ def fit(
     more: Sequence[L.Callback] = (),
     deepspeed: Mapping[str, Any] | None = None,
     watch: processes.Watch | None = None,
+    tracker: Tracker | None = None,
 ) -> L.Trainer:
     """Runs optimiser steps up to `steps`; the heads hold the result. data(start, stop) serves the steps.
     ties: fingerprints of base and rows; a checkpoint made with others is refused (DataError). validate_every: steps
     between measurements of the rows that are not learned; None: there are none. deepspeed: strategy.engine_config's.
-    watch: told how far this process has come.
+    watch: told how far this process has come. tracker: given the lines of metrics.jsonl; who made it closes it.
 
     Raises Interrupted after a signal (a checkpoint was saved), NumericsError for a gradient that is not finite.
     """
@@ -45,15 +50,29 @@ def fit(
     folder = run_dir / "checkpoints"
     resume, skipped = _resume(folder, ties, {**heads, **({"base": base.adapter} if _learns(base) else {})})
     module = TrainModule(base, heads, settings=settings, steps=steps, seed=seed, resume=resume)
-    checkpoints = callbacks.Checkpoints(folder, trainer.checkpoint_every, trainer.keep, ties)
-    validation = [] if validate_every is None else [callbacks.Validation(validate_every)]
-    first = [*([] if watch is None else [callbacks.Following(watch)]), *validation]
-    engine = _engine(settings, deepspeed or {}, run_dir, steps - module.start, [checkpoints, *more], first)
+    tracker = tracker if processes.is_first() else None
+    clock = Clock()
+    checkpoints = callbacks.Checkpoints(
+        folder, trainer.checkpoint_every, trainer.keep, ties, clock, lambda: tracker.kept if tracker else {}
+    )
+    watching = [
+        *([] if watch is None else [callbacks.Following(watch)]),
+        clock,
+        *([] if validate_every is None else [callbacks.Validation(validate_every, clock)]),
+        callbacks.Metrics(run_dir / "metrics.jsonl", clock, tracker.line if tracker else None),
+        Progress(clock),
+        checkpoints,
+        callbacks.Events(run_dir / "events.jsonl", clock),
+        *more,
+    ]
+    engine = _engine(settings, deepspeed or {}, steps - module.start, [*watching, *profiled(run_dir, trainer.profile)])
     if engine.is_global_zero:
         print("".join(f"warning: {line}\n" for line in skipped), end="", flush=True)
         if module.start:
             print(f"resuming after step {module.start} of {steps}", flush=True)
     processes.by_first(lambda: _prepare(run_dir, folder, module.start))
+    if tracker:
+        tracker.begin(resume.tracked if resume else {}, module.start)
     if module.start < steps:
         engine.fit(module, datamodule=data(module.start, steps))
     elif resume:
@@ -109,18 +128,9 @@ def _learns(base: BaseView) -> bool:
     return base.adapter is not None and any(p.requires_grad for p in base.adapter.parameters())
 
 
-def _engine(
-    settings: Settings,
-    deepspeed: Mapping[str, Any],
-    run_dir: Path,
-    steps: int,
-    more: Sequence[L.Callback],
-    first: Sequence[L.Callback],
-) -> L.Trainer:
+def _engine(settings: Settings, deepspeed: Mapping[str, Any], steps: int, watching: Sequence[L.Callback]) -> L.Trainer:
     """Lightning's loop with everything of its own that we do ourselves switched off."""
     _quiet_lightning()
-    clock = callbacks.Clock()
-    metrics = callbacks.Metrics(run_dir / "metrics.jsonl", clock)
     return L.Trainer(
         **strategy.arguments(settings, deepspeed),
         max_steps=steps,
@@ -132,7 +142,7 @@ def _engine(
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         gradient_clip_val=None,
-        callbacks=[*first, clock, metrics, callbacks.Progress(clock), *more],
+        callbacks=list(watching),
     )
 
 
@@ -196,5 +206,6 @@ def _quiet_lightning() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*DeepSpeed handles gradient clipping internally.*",
         ".*`srun` command is available.*",
+        ".*Experiment logs directory.*",  # a CSV tracker is given all earlier lines again
     ):
         warnings.filterwarnings("ignore", text)

@@ -24,6 +24,7 @@ class TrainerConfig:
     log_every: int = 10  # steps between lines of metrics.jsonl
     checkpoint_every: int = 100  # steps
     keep: int = 2  # newest checkpoints kept
+    profile: int | None = None  # the last so many steps under torch's profiler
 
     def __post_init__(self) -> None:
         if (self.max_steps is None) == (self.epochs is None):
@@ -31,7 +32,7 @@ class TrainerConfig:
         for name, choices in (("precision", ("fp32", "bf16")), ("accelerator", ("cpu", "gpu"))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}='{getattr(self, name)}': choose one of {', '.join(choices)}")
-        for name in ("max_steps", "accumulate", "devices", "num_nodes", "threads", "log_every", "keep"):
+        for name in ("max_steps", "accumulate", "devices", "num_nodes", "threads", "log_every", "keep", "profile"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: give at least 1")
@@ -127,6 +128,39 @@ class StrategyConfig:
     def in_pieces(self) -> bool:
         """Whether each process holds a part of the base only."""
         return self.zero == 3
+
+
+# kind of tracker -> the packages that serve it; any one of them will do
+TRACKERS = {
+    "none": (),
+    "wandb": ("wandb",),
+    "csv": (),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "mlflow": ("mlflow",),
+}
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    kind: str = "none"  # none | wandb | csv | tensorboard | mlflow
+    project: str = "draftsmith"  # where the run is put: W&B's project, MLflow's experiment
+    entity: str | None = None  # W&B's team or user
+    name: str | None = None  # of the run; null: its folder's
+    group: str | None = None  # runs to be seen together; null: the experiment's name
+    tags: list[str] = field(default_factory=list)
+    offline: bool = False  # W&B: files beside the run, for `wandb sync` later
+    uri: str | None = None  # MLflow's tracking server; null: $MLFLOW_TRACKING_URI, else a file beside the run
+    weights: bool = False  # the heads' weights go to the tracker too, not only their hashes
+    patience: float = 20.0  # seconds that the end of a run waits for a tracker that is slow or gone
+
+    def __post_init__(self) -> None:
+        if self.kind not in TRACKERS:
+            raise ConfigError(f"kind='{self.kind}': choose one of {', '.join(TRACKERS)}")
+        needs = TRACKERS[self.kind]
+        if needs and not any(find_spec(name) for name in needs):
+            raise ConfigError(f"kind='{self.kind}': pip install 'draftsmith[{self.kind}]'")
+        if self.patience < 0:
+            raise ConfigError(f"patience={self.patience}: seconds cannot be negative")
 
 
 @dataclass(frozen=True)

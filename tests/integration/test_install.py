@@ -54,7 +54,8 @@ def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    source = {f"draftsmith/{p.relative_to(ROOT / 'src')}" for p in ROOT.glob("src/**/*.py")}
+    kept = [*ROOT.glob("src/**/*.py"), *ROOT.glob("src/reporting/templates/*")]
+    source = {f"draftsmith/{p.relative_to(ROOT / 'src')}" for p in kept}
     conf = {
         f"draftsmith/conf/{p.relative_to(ROOT / 'conf')}"
         for p in ROOT.glob("conf/**/*")

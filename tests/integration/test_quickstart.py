@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,31 @@ def test_evaluation_json(run: tuple[Path, str]) -> None:
     assert result["autoregressive"]["distinct_4"] > 0.5  # not the looping text on which any look-up wins
     assert f"{head['tokens_per_step']:.2f}" in run[1]  # printed as written
     assert f"{head['speedup']:.2f}x" in run[1]
+
+
+def test_the_report_tells_of_the_run_and_its_sample_is_the_text(run: tuple[Path, str]) -> None:
+    result = json.loads((run[0] / "evaluation.json").read_text())
+    head = result["heads"]["medusa"]
+    html, markdown = (run[0] / "report.html").read_text(), (run[0] / "report.md").read_text()
+    assert "report.html" in run[1]
+    for text in (html, markdown):
+        for figure in (f"{head['tokens_per_step']:.2f}", f"{head['speedup']:.2f}×", "lossless", "quickstart"):
+            assert figure in text
+    for part in ("By depth", "By context", "Loss", "top-1 by depth", "Training, seconds", "From rows to training"):
+        assert part in html
+    assert not set(re.findall(r"<(script|link|img|iframe)", html))
+    base = load_base(result["base"]["path"])
+    trained = load_head(run[0] / "heads" / "medusa", base=base)
+    for one in head["samples"]:
+        ids = base.tokenizer.encode(one["prompt"], add_special_tokens=False)
+        assert base.tokenizer.decode(ids) == one["prompt"]  # control tokens are shown as themselves
+        out = generate(base, ids, head=trained, max_new_tokens=128)
+        steps = one["steps"]
+        assert "".join("".join([*s["accepted"], s["own"]]) for s in steps) == base.tokenizer.decode(out.tokens)
+        assert (len(steps) - 1, len(steps[0]["accepted"])) == (out.steps, 0)
+        assert [len(s["accepted"]) for s in steps[1:-1]] == out.stats.kept[:-1]
+        assert html.count(f">{escape(one['prompt'])}<") == (one is head["samples"][0])
+    assert len(head["samples"]) == 3
 
 
 def test_the_head_loads_and_changes_nothing(run: tuple[Path, str]) -> None:

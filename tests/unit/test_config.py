@@ -250,6 +250,39 @@ def test_claim_where_nothing_can_be_written(tmp_path: Path) -> None:
         config.claim(config.compose("train"), tmp_path / "file" / "run")
 
 
+@pytest.mark.parametrize(
+    ("said", "taken"),
+    [
+        ("debug=true", 'debug="true"'),
+        ("debug=false", 'debug="false"'),
+        ('debug="true"', 'debug="true"'),
+        ("debug=fake", "debug=fake"),
+        ("trainer.debug=true", "trainer.debug=true"),
+        ("base.compile=true", "base.compile=true"),
+        ("--cfg", "--cfg"),
+    ],
+)
+def test_the_two_choices_that_hydra_would_read_as_booleans_are_quoted(said: str, taken: str) -> None:
+    assert config.quoted(said) == taken
+
+
+@pytest.mark.parametrize(("said", "value"), [("true", True), ("false", False), ("one_step", "one_step")])
+def test_debug_names_a_choice(said: str, value: object) -> None:
+    assert config.compose("train", [f"debug={said}"]).debug == value
+    assert config.compose("export", ["debug=true", "run_dir=a"]).debug is True
+
+
+def test_debug_overrides_the_experiment_and_is_overridden_by_the_command_line() -> None:
+    cfg = config.compose("train", ["experiment=medusa1_vicuna_7b", "debug=overfit", "trainer.max_steps=5"])
+    assert (cfg.trainer.max_steps, cfg.trainer.epochs, cfg.data.one_batch) == (5, None, True)
+    assert cfg.data.prompts.path == "sharegpt.jsonl"
+
+
+def test_a_debug_choice_of_training_is_refused_by_verbs_that_do_not_train() -> None:
+    with pytest.raises(ConfigError, match=r"debug=fake: sets data, which evaluate has not; it is train's and plan's"):
+        config._refuse_unknown(config.compose("evaluate", ["debug=fake", "run_dir=a"]), "evaluate")
+
+
 def test_compose_takes_overrides() -> None:
     assert config.compose("train", ["seed=5"]).seed == 5
 

@@ -333,7 +333,7 @@ def test_the_bases_logits_never_exist_at_once(
 ) -> None:
     """They are asked for in chunks, and only where some head has a target."""
     asked: list[int] = []
-    monkeypatch.setattr("draftsmith.losses._chunk_rows", lambda vocabulary: 4)
+    monkeypatch.setattr("draftsmith.losses.chunk_rows", lambda vocabulary: 4)
     monkeypatch.setattr(base, "lm_head", lambda x: asked.append(len(x)) or BaseLM.lm_head(base, x))
     batch = one_document(torch.arange(20), (torch.arange(20) >= 11).long())
     head = stirred(base, lm_weight=0.0, teacher_weight=1.0)

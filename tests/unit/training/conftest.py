@@ -72,7 +72,8 @@ class Run:
     def lines(self) -> list[dict[str, Any]]:
         """metrics.jsonl without the clock."""
         found = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in found]
+        timed = ("tokens_per_second", "base_forward_share")
+        return [{k: v for k, v in line.items() if k not in timed} for line in found]
 
 
 @dataclass
