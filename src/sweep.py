@@ -12,7 +12,7 @@ import os
 import shlex
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,14 +70,18 @@ class Sweep:
         from draftsmith.training.pruning import Pruned
 
         head, values = self.proposed(trial)
-        before, began = trial.user_attrs.get("seconds", 0.0), time.monotonic()
+        began = time.monotonic() - trial.user_attrs.get("seconds", 0.0)
+
+        def note_time() -> None:
+            trial.set_user_attr("seconds", time.monotonic() - began)
+
         for name, is_what in (("head", head), ("params", values)):
             trial.set_user_attr(name, is_what)
         state, value, reason = "FAIL", None, None
         told = " ".join([head, *(f"{key}={report.short(v)}" for key, v in values.items())])
         prepare.say(f"\ntrial {trial.number} ({trial.number + 1} of {self.own.trials}): {told}")
         try:
-            value, state = self._value(trial, head, values), "COMPLETE"
+            value, state = self._value(trial, head, values, note_time), "COMPLETE"
         except Pruned as e:
             state, reason = "PRUNED", str(e)
         except Diverged as e:  # too high a learning rate, as a rule
@@ -87,14 +91,16 @@ class Sweep:
                 raise
             reason = str(e)
         finally:
-            trial.set_user_attr("seconds", before + time.monotonic() - began)
+            note_time()
         self._tell(trial, state, value, reason)
 
     def _folder(self, trial: optuna.trial.Trial) -> Path:
         return self.run_dir / trial.user_attrs.get("folder", "nothing")
 
-    def _value(self, trial: optuna.trial.Trial, head: str, values: Mapping[str, Any]) -> float:
-        """The objective of this trial, after its training."""
+    def _value(
+        self, trial: optuna.trial.Trial, head: str, values: Mapping[str, Any], note_time: Callable[[], None]
+    ) -> float:
+        """The objective of this trial, after its training. note_time: called at every estimate."""
         from draftsmith.training.pruning import Telling, estimates
 
         cfg = self.own.training(head, values, self.study.study_name)
@@ -107,6 +113,7 @@ class Sweep:
             if step not in known:
                 trial.report(value, step)
                 known.add(step)
+                note_time()
             return trial.should_prune() and trial.number >= self.own.pruner.startup
 
         train.run(cfg, more=[Telling(folder / "metrics.jsonl", key, tell)])
@@ -114,6 +121,8 @@ class Sweep:
         for step, value in found:  # of a run that was complete before
             tell(step, value)
         if self.own.objective == "estimated":
+            if not found:
+                raise ConfigError(f"objective=estimated: {head} has no {key}; choose measured")
             return found[-1][1]
         twins = [t for t in self.records() if t["folder"] == folder.name and t["state"] == "complete"]
         return twins[0]["value"] if twins else self.judge.tokens_per_step(cfg, folder)

@@ -49,7 +49,8 @@ ANSWERS = {"train", "distill"}  # the verbs that do so unless `data` says otherw
 
 def small(verb: str, given: list[str]) -> list[str]:
     chosen = {word.split("=")[0]: word.partition("=")[2] for word in given}
-    made_up = verb in ANSWERS and chosen.get("data", "quickstart") == "quickstart"
+    made_up = verb in ANSWERS and "debug" not in chosen
+    made_up &= {chosen.get(group, "quickstart") for group in ("data", "experiment")} == {"quickstart"}
     more = [*SMALL.get(verb, []), *(FEW if made_up else [])]
     return [word for word in more if word.split("=")[0] not in chosen or "." in word.split("=")[0]]
 
