@@ -66,11 +66,7 @@ def fit(
         *more,
     ]
     engine = _engine(settings, deepspeed or {}, steps - module.start, [*watching, *profiled(run_dir, trainer.profile)])
-    if engine.is_global_zero:
-        print("".join(f"warning: {line}\n" for line in skipped), end="", flush=True)
-        if module.start:
-            print(f"resuming after step {module.start} of {steps}", flush=True)
-    processes.by_first(lambda: _prepare(run_dir, folder, module.start))
+    processes.by_first(lambda: _prepare(run_dir, folder, module.start, steps, skipped))
     if tracker:
         tracker.begin(resume.tracked if resume else {}, module.start)
     if module.start < steps:
@@ -86,7 +82,11 @@ def fit(
     return engine
 
 
-def _prepare(run_dir: Path, folder: Path, start: int) -> None:
+def _prepare(run_dir: Path, folder: Path, start: int, steps: int, skipped: Sequence[str]) -> None:
+    """Tells where the run goes on, and cuts metrics.jsonl there."""
+    print("".join(f"warning: {line}\n" for line in skipped), end="", flush=True)
+    if start:
+        print(f"resuming after step {start} of {steps}", flush=True)
     with artifacts.disk(run_dir, "the run"):
         folder.mkdir(parents=True, exist_ok=True)
         callbacks.truncate(run_dir / "metrics.jsonl", start)

@@ -273,7 +273,8 @@ def _table(evaluation: Mapping[str, Any]) -> Any:
     for name, head in evaluation["heads"].items():
         for sample in head.get("samples", []):
             accepted = sum(len(step["accepted"]) for step in sample["steps"])
-            table.add_data(name, sample["prompt"], wandb.Html(coloured(sample)), accepted, len(sample["steps"]))
+            steps = len(sample["steps"]) - 1  # the first token is prefill's
+            table.add_data(name, sample["prompt"], wandb.Html(coloured(sample)), accepted, steps)
     return table
 
 
