@@ -192,7 +192,7 @@ def test_default_run_dir_is_a_function_of_what_the_run_is() -> None:
 
 @pytest.mark.parametrize("key", sorted(config.MACHINE_KEYS - {"run_dir", *config.SPLIT_KEYS}))
 def test_where_and_how_fast_is_not_part_of_it(key: str) -> None:
-    value = {"debug": "true", "strategy": "ddp"}.get(key, "3")
+    value = {"debug": "true", "logger": "csv", "strategy": "ddp"}.get(key, "3")
     assert run_name(f"{key}={value}") == run_name()
 
 
