@@ -380,7 +380,8 @@ def claim(cfg: DictConfig, folder: Path, *, begun: bool = True) -> None:
             os.replace(temporary, path)
         return
     before, ours = identity(theirs), identity(cfg)
-    changed = [k for k in sorted({*ours, *before}) if ours.get(k) != before.get(k)]
+    apart = [k for k in sorted({*ours, *before}) if ours.get(k) != before.get(k)]
+    changed = [k for k in apart if k in before or ours[k]]  # a key that is newer than the run, and off
     if changed:
         table = ", ".join(f"{k}: {before.get(k)} -> {ours.get(k)}" for k in changed)
         cure = _splits(cfg, before["global_batch"]) if changed == ["global_batch"] else ""

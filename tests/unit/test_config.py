@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from draftsmith import config, errors
 from draftsmith.errors import ConfigError
@@ -234,6 +234,17 @@ def test_claim_accepts_the_same_run_and_names_what_differs(tmp_path: Path) -> No
     assert "optimizer.lr: 0.001 -> 0.5" in str(caught.value)
     assert "data" not in str(caught.value).replace(str(tmp_path), "")
     assert (folder / "config.yaml").read_text() == stored
+
+
+def test_a_run_goes_on_that_is_older_than_a_key_which_is_off(tmp_path: Path) -> None:
+    cfg = config.compose("train")
+    old = cfg.copy()
+    with open_dict(old):
+        del old.base.fake, old.base.shape, old.data.one_batch, old.logger
+    config.claim(old, tmp_path)
+    config.claim(cfg, tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.one_batch: None -> True"):
+        config.claim(config.compose("train", ["data.one_batch=true"]), tmp_path)
 
 
 def test_a_stored_configuration_is_the_same_run(tmp_path: Path) -> None:
