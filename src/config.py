@@ -36,7 +36,6 @@ from draftsmith.artifacts import disk, fingerprint
 from draftsmith.errors import ConfigError, DraftsmithError, Interrupted, ResourceError
 
 T = TypeVar("T")
-
 CONF = "pkg://draftsmith.conf"
 ALLOWED_PACKAGES = ("draftsmith.",)
 ALLOWED_TARGETS = frozenset({"torch.optim.AdamW"})
@@ -68,6 +67,8 @@ MACHINE_KEYS = frozenset(
 
 LAUNCHED = "DRAFTSMITH_LAUNCHED"  # set for the processes that a command of ours started: their line is not the user's
 
+# Came later than the first runs: part of a run's identity only where they are on.
+LATER = ("base.shape", "base.fake", "companion.shape", "companion.fake", "data.one_batch", "data.random.labels")
 SPLIT_KEYS = ("data.batch_size", "trainer.accumulate", "trainer.devices", "trainer.num_nodes")
 
 
@@ -185,6 +186,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     """The resolved configuration without the keys that say where and how fast: what a run *is*."""
     leaves = dict(flat(plain(cfg)))
     kept = {k: v for k, v in leaves.items() if not any(k == m or k.startswith(m + ".") for m in MACHINE_KEYS)}
+    kept = {k: v for k, v in kept.items() if v or k not in LATER}
     if all(isinstance(leaves.get(k), int) for k in SPLIT_KEYS):
         kept["global_batch"] = math.prod(leaves[k] for k in SPLIT_KEYS)
     return kept
@@ -380,8 +382,7 @@ def claim(cfg: DictConfig, folder: Path, *, begun: bool = True) -> None:
             os.replace(temporary, path)
         return
     before, ours = identity(theirs), identity(cfg)
-    apart = [k for k in sorted({*ours, *before}) if ours.get(k) != before.get(k)]
-    changed = [k for k in apart if k in before or ours[k]]  # a key that is newer than the run, and off
+    changed = [k for k in sorted({*ours, *before}) if ours.get(k) != before.get(k)]
     if changed:
         table = ", ".join(f"{k}: {before.get(k)} -> {ours.get(k)}" for k in changed)
         cure = _splits(cfg, before["global_batch"]) if changed == ["global_batch"] else ""

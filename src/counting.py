@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from draftsmith import artifacts, config, prepare, supply
 from draftsmith.base.settings import ShapeConfig
 from draftsmith.data.settings import DataConfig
-from draftsmith.errors import ConfigError, DraftsmithError
+from draftsmith.errors import ConfigError
 from draftsmith.reporting import plan_table, planning
 from draftsmith.reporting.planning import Facts, Layout, Work
 
@@ -39,6 +39,7 @@ class Read:
     data: DataConfig
     heads: Mapping[str, tuple[type[Head], Any, int]]
     company: BaseSpec | None
+    company_parameters: int
     company_bytes: float
     adapter: int
 
@@ -59,15 +60,16 @@ def read(cfg: DictConfig, chosen: Mapping[str, tuple[type[Head], Any]]) -> Read:
     data = config.typed(cfg.data, DataConfig, "data")
     shape = shape_of(base)
     spec = shapes.spec_of(shape, base.path or "")
-    company, company_bytes, tied = None, 0.0, False
+    company, company_parameters, company_bytes, tied = None, 0, 0.0, False
     if cfg.get("companion") is not None:
         other = config.typed(cfg.companion, prepare.BaseConfig, "companion")
         own = shape_of(other)
         company, tied = shapes.spec_of(own, other.path or ""), own.tie_word_embeddings
-        company_bytes = float(shapes.parameters(own) * SIZES[other.dtype])
+        company_parameters = shapes.parameters(own)
+        company_bytes = float(company_parameters * SIZES[other.dtype])
     heads = {name: _built(name, kind, own, spec, company, tied=tied) for name, (kind, own) in chosen.items()}
     adapter = 0 if base.lora is None else adapter_parameters(shape, base.lora)
-    return Read(base, shape, spec, data, heads, company, company_bytes, adapter)
+    return Read(base, shape, spec, data, heads, company, company_parameters, company_bytes, adapter)
 
 
 def _built(
@@ -117,8 +119,10 @@ def facts_of(cfg: DictConfig, parts: Read, learned: float, row_tokens: float) ->
     held = shapes.kept_bytes(shape, positions, size, recompute=base.recompute) if adapting else 0.0
     context = min(row_tokens, data.length) / 2  # what a position attends to on average
     attention = 4 * context * shape.num_attention_heads * shape.size
-    forward = top * (2 * block + attention) * (3 if adapting else 1)
-    company_flops = 2 * parts.company_bytes / 2 if any(k.wants == "drafter" for k, _, _ in parts.heads.values()) else 0
+    forward = top * (2 * block + attention) * (2 + base.recompute if adapting else 1)
+    company_flops = (
+        2.0 * parts.company_parameters if any(k.wants == "drafter" for k, _, _ in parts.heads.values()) else 0
+    )
     trained = {name: count for name, (_, _, count) in parts.heads.items()}
     return Facts(
         base=every,
@@ -222,7 +226,7 @@ def line(cfg: DictConfig, chosen: Mapping[str, tuple[type[Head], Any]]) -> str:
         layout = Layout(trainer.devices, trainer.num_nodes, trainer.accumulate)
         facts = _weights(parts)
         held = planning.memory(facts, name, layout)
-    except (DraftsmithError, ImportError) as e:
+    except Exception as e:
         return f"plan: unknown ({' '.join(str(e).split())[:200]})"
     checkpoint = 12.0 * facts.trained * (trainer.keep + 1)
     return (

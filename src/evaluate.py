@@ -89,7 +89,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     with artifacts.disk(run_dir, "evaluation.json"):
         run_dir.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(run_dir / "evaluation.json", result)
-    tracking.conclude(run_dir, result)
     prepare.say(table.evaluation(result))
     prepare.say(f"-> {run_dir / 'evaluation.json'}")
     if len(found["heads"]) > 1:
@@ -102,6 +101,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     case = certify.Case(base, heads, [a.ids for a in asked], decoding, gate, settings.certificate)
     certificate = certify.write(run_dir, cfg, case) if settings.certify else None
     report.write(run_dir)
+    tracking.conclude(run_dir, result)
     judging.check_proofs(found, dtype, run_dir / "evaluation.json")
     if certificate is not None:
         certify.check(certificate, run_dir / certify.FILE)

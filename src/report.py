@@ -59,8 +59,12 @@ def read(folder: Path) -> report_run.Run:
 
 
 def write(folder: Path) -> None:
-    """The report of one run, by the verb that has just written there."""
-    prepare.say(report_page.write(folder, report.page(read(folder))))
+    """The report of one run, by the verb that has just written there, which does not fail by it."""
+    try:
+        prepare.say(report_page.write(folder, report.page(read(folder))))
+    except Exception as e:
+        said = shown.clean(" ".join(str(e).split()))
+        prepare.say(f"warning: no report ({type(e).__name__}: {said}); draftsmith report run_dirs=[{folder}] makes it")
 
 
 def main() -> None:

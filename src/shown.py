@@ -25,9 +25,12 @@ TOLD = (
 )
 UNTOLD = ("data.generation.server",)
 
-USERINFO = re.compile(r"(?<=://)[^/\s@]+@")
-ASSIGNED = re.compile(r"(?i)([\w.]*(?:password|passwd|secret|api_?key|access_?key|token))(=|: )(?!null\b)[^\s,}\]]+")
-NAMES = re.compile(r"(?i)(_key|_token|_secret|_password|_credentials)$")
+USERINFO = re.compile(r"(?<=://)[^\s\"'?#]*@")
+ASSIGNED = re.compile(
+    r"(?i)([\w.]*(?:password|passwd|secret|api_?key|access_?key|token|authorization)[\"']?\s?[=:]\s?)"
+    r"(?!null\b)(\"[^\"]*\"|'[^']*'|bearer \S+|[^\s}\]]+)"
+)
+NAMES = re.compile(r"(?i)(^|_)(key|token|secret|password|credentials)$")
 SHORTEST = 8  # characters of a variable's value below which it is no secret, and may be part of any word
 
 
@@ -41,7 +44,7 @@ def clean(text: str) -> str:
     the values of environment variables that do."""
     for value in _secrets().values():
         text = text.replace(value, "***")
-    return ASSIGNED.sub(r"\1\2***", USERINFO.sub("***@", text))
+    return ASSIGNED.sub(r"\1***", USERINFO.sub("***@", text))
 
 
 def secret_in(text: str) -> str:

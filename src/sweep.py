@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, open_dict
 
-from draftsmith import artifacts, config, prepare, train
+from draftsmith import artifacts, config, prepare, shown, train
 from draftsmith.data.prompts import PromptsConfig
-from draftsmith.errors import ConfigError, DataError, Diverged, NumericsError
+from draftsmith.errors import ConfigError, DataError, Diverged, DraftsmithError, NumericsError
 from draftsmith.reporting import sweep as report
 from draftsmith.searching import Judge, PrunerConfig, Searched, SweepConfig, same_data, watched
 from draftsmith.training import processes
@@ -90,6 +90,10 @@ class Sweep:
             if prepare.is_held(self._folder(trial)):
                 raise
             reason = str(e)
+        except DraftsmithError:  # the disk, a signal: nothing that another trial would be spared
+            raise
+        except Exception as e:  # as a GPU's memory that is too small for this one
+            reason = f"{type(e).__name__}: {shown.clean(' '.join(str(e).split()))[:300]}"
         finally:
             note_time()
         self._tell(trial, state, value, reason)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from draftsmith import artifacts, config, counting, prepare, shown, stored, supply
 from draftsmith.beside import Beside, told
 from draftsmith.data.settings import DataConfig
-from draftsmith.errors import ConfigError, DataError, NumericsError
+from draftsmith.errors import ConfigError, DataError, Interrupted, NumericsError
 from draftsmith.training import processes, strategy, tracking
 from draftsmith.training.settings import LoggerConfig, Settings
 
@@ -61,7 +61,7 @@ def run(cfg: DictConfig, more: Sequence[Callback] = ()) -> Path:
         with contextlib.ExitStack() as held:
             done, source = processes.by_first(lambda: _claimed(cfg, run_dir, data, held))
             if tracker is not None:
-                held.callback(tracker.close)
+                held.push(lambda kind, *_: tracker.close(failed=kind is not None and kind is not Interrupted))
             if not done:
                 _run(cfg, run_dir, base_config, data, settings, chosen, source, how)
     return _judged(cfg, run_dir)
@@ -119,7 +119,8 @@ def _run(
 
     if settings.trainer.threads:  # before the base writes rows: two threads on one busy core are far slower
         torch.set_num_threads(settings.trainer.threads)
-    prepare.say(counting.line(cfg, chosen))
+    if processes.is_first():
+        prepare.say(counting.line(cfg, chosen))
     device = f"cuda:{processes.place().local}" if settings.trainer.accelerator == "gpu" else "cpu"
     cutter = strategy.pieces(settings, how["deepspeed"])
     base = prepare.load_base(base_config, device, cutter)

@@ -178,7 +178,7 @@ def log(run: Run) -> Section:
         else:
             last = run.metrics[-1]["step"] if run.metrics else None
             how, at = "no closing line: killed, or still running", "" if last is None else f"{last} measured"
-        seconds = sum((end or {}).get("seconds", {}).values())
+        seconds = sum(((end or {}).get("seconds") or {}).values())
         begin = [str(start.get(key, "")) for key in ("step", "of", "processes")]
         rows.append([str(n), _when(start), *begin, how, at, f"{seconds:,.1f}" if seconds else ""])
     header = ["", "started (UTC)", "from step", "of", "processes", "ended", "at step", "seconds"]
@@ -253,9 +253,11 @@ def facts_of(run: Run) -> list[tuple[str, str]]:
         found.append(("rows", f"{facts['rows']:,}"))
     if run.metrics:
         found.append(("steps", f"{run.metrics[-1]['step']:,}"))
-    ended = [sum(end["seconds"].values()) for _, end in starts(run) if end and end.get("seconds")]
-    if ended:
-        found.append(("trained for", f"{number(round(sum(ended), 1))} s"))
+    every = starts(run)
+    ended = [sum(end["seconds"].values()) for _, end in every if end and end.get("seconds")]
+    if ended:  # a kill leaves no seconds
+        least = "at least " if len(ended) < len(every) else ""
+        found.append(("trained for", f"{least}{number(round(sum(ended), 1))} s"))
     if facts.get("git"):
         found.append(("git", shorter(str(facts["git"]))))
     return found

@@ -137,8 +137,10 @@ class Events(L.Callback):
 
     def write(self, event: str, step: int, **more: Any) -> None:
         line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, "step": step, **more}
-        with artifacts.disk(self.path, "events"), open(self.path, "a") as f:
-            f.write(json.dumps(line) + "\n")
+        with artifacts.disk(self.path, "events"), open(self.path, "ab+") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
+            torn = f.read(1) not in (b"", b"\n")  # by a kill: it stays a line of its own
+            f.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
 
 
 class Checkpoints(L.Callback):

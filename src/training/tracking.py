@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith import artifacts
+from draftsmith.errors import ConfigError, DataError
+from draftsmith.shown import clean
 from draftsmith.training.settings import LoggerConfig
 
 FILE = "tracker.json"  # in the run directory, for whoever goes on after the training
@@ -40,11 +42,13 @@ class Tracker:
         self._open = opened or OPENERS[config.kind]
         self._work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._failed = False
 
     def begin(self, kept: Mapping[str, str], start: int, *, again: bool = True) -> None:
         """Opens the tracker; kept: of the checkpoint that the run goes on from, {} for none. start: steps done. again:
         it is given the lines of those steps once more: whoever was killed may not have passed them on."""
-        known = dict(kept) or told(self.run_dir).get("kept", {})
+        last = told(self.run_dir)["kept"]  # which may know what a checkpoint was too early for
+        known = {**last, **kept} if not kept or last.get("id") == kept.get("id") else dict(kept)
         same = known.get("kind") == self.config.kind
         new = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)  # a W&B sweep's agent has named the run
         self.kept = known if same else {"kind": self.config.kind, "id": new}
@@ -60,9 +64,11 @@ class Tracker:
         """A line of metrics.jsonl."""
         self.tell(lambda logger: _log(logger, dict(line)))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """failed: how the tracker shall call the run's end."""
         if self._thread is None:
             return
+        self._failed = failed
         self._work.put(None)
         self._thread.join(self.config.patience)
         if self._thread.is_alive():
@@ -82,11 +88,11 @@ class Tracker:
                 _log(logger, line)
             while (work := self._work.get()) is not None:
                 work(logger)
-            logger.finalize("success")
+            logger.finalize("failed" if self._failed else "success")
             if self.config.kind == "wandb":
-                logger.experiment.finish()
+                logger.experiment.finish(exit_code=int(self._failed))
         except Exception as e:  # whatever it was, the training does not end by it
-            said = " ".join(str(e).split())[:200]
+            said = clean(" ".join(str(e).split()))[:200]
             print(
                 f"warning: logger: {self.config.kind} ended by {type(e).__name__}: {said}; training goes on, and"
                 f" {self.run_dir / 'metrics.jsonl'} has every line",
@@ -101,7 +107,10 @@ def of(config: LoggerConfig, run_dir: Path, shown: Mapping[str, Any]) -> Tracker
 def told(run_dir: Path) -> dict[str, Any]:
     """What the run's tracker was: kept (kind and id), logger, shown; {} where there was none."""
     path = run_dir / FILE
-    found = artifacts.read_json(path) if path.exists() else {"kept": {}}
+    try:
+        found = artifacts.read_json(path) if path.exists() else {"kept": {}}
+    except (DataError, OSError):
+        found = None
     if not isinstance(found, dict) or not isinstance(found.get("kept"), dict):
         print(f"warning: logger: {path} does not tell kind and id of a tracker; there will be a new run", flush=True)
         return {"kept": {}}
@@ -248,8 +257,12 @@ def conclude(run_dir: Path, evaluation: Mapping[str, Any]) -> None:
     known = told(run_dir)
     if not known["kept"]:
         return
-    config = LoggerConfig(**known["logger"])
-    tracker = Tracker(config, run_dir, known["shown"])
+    try:
+        config = LoggerConfig(**known["logger"])
+        tracker = Tracker(config, run_dir, known["shown"])
+    except (ConfigError, KeyError, TypeError) as e:  # its package is not here, or another version wrote the file
+        print(f"warning: logger: {clean(str(e))}; the tracker is not told", flush=True)
+        return
     last = max((line["step"] for line in _earlier(run_dir, 1 << 62)), default=0)
     tracker.begin({}, last, again=config.kind == "csv")  # it begins its file anew
     results = summary(evaluation)

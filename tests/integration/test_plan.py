@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from draftsmith.data.pack import best_fit
 from draftsmith.data.random_rows import made_up
 from draftsmith.data.settings import DataConfig
 from draftsmith.reporting import planning
-from tests.integration.conftest import call, draftsmith
+from tests.integration.conftest import call, finish, start
 
 SHARED = "heads.medusa.share_lm_head=true"
 DRAFT = "heads.eagle3.draft_vocab_size=1024"
@@ -29,11 +31,13 @@ BATCHES = {"16 rows of 256": (16, 256), "8 rows of 512": (8, 512)}
 
 
 def test_a_published_recipe_is_planned_in_seconds(tmp_path: Path) -> None:
-    began = time.process_time()
-    code, told = draftsmith(
-        "plan", "experiment=medusa1_vicuna_7b", "strategy=zero2", "devices=8", "run_dir=out", cwd=tmp_path
-    )
+    words = ["plan", "experiment=medusa1_vicuna_7b", "strategy=zero2", "devices=8", "run_dir=out"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code, told = finish(start([sys.executable, "-m", f"draftsmith.{words[0]}", *words[1:]], tmp_path))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert code == 0, told
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # wall time lies on a shared machine
+    assert spent < 10
     found = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert found["strategy"] == "zero2"
     assert found["parameters"] == {"base": 6738415616, "heads": {"medusa": 739266560}}
@@ -47,7 +51,6 @@ def test_a_published_recipe_is_planned_in_seconds(tmp_path: Path) -> None:
     assert found["hours"]["together"] > 0
     for line in ("zero2 *", "DDP buckets", "fits 80 GB", "checkpoints of 8.87 GB", "tokens/s"):
         assert line in told, line
-    assert time.process_time() - began < 10
 
 
 def test_what_does_not_fit_is_said_with_the_cure(tmp_path: Path) -> None:

@@ -237,6 +237,7 @@ def test_claim_accepts_the_same_run_and_names_what_differs(tmp_path: Path) -> No
 
 
 def test_a_run_goes_on_that_is_older_than_a_key_which_is_off(tmp_path: Path) -> None:
+    assert run_name("experiment=quickstart") == "runs/quickstart-0f006be9"  # as it was before there were such keys
     cfg = config.compose("train")
     old = cfg.copy()
     with open_dict(old):

@@ -12,6 +12,7 @@ CANARY = "canary-5f1d9c27"
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", CANARY)
+    monkeypatch.setenv("PASSWORD", f"{CANARY}-2")
     monkeypatch.setenv("SHORT_TOKEN", "abc")  # may be part of any word: nobody's secret
 
 
@@ -22,9 +23,15 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://user:hunter22@host:80/v1 and more", "http://***@host:80/v1 and more"),
         ("https://token@host", "https://***@host"),
         ("mail me@host", "mail me@host"),
-        ("http://host/a@b", "http://host/a@b"),
+        ("http://host/a?b@c", "http://host/a?b@c"),
         ("logger.api_key=hunter22", "logger.api_key=***"),
-        ("{password: hunter22, lr: 1}", "{password: ***, lr: 1}"),
+        ("{password: hunter22}", "{password: ***}"),
+        ("http://user:p@ssw0rd@host/v1", "http://***@host/v1"),
+        ("http://user:a/b@host/v1", "http://***@host/v1"),
+        ("{api_key:sk-1, lr: 1}", "{api_key:*** lr: 1}"),  # what follows a secret without quotes may belong to it
+        ('{"api_key": "sk 1", "lr": 1}', '{"api_key": ***, "lr": 1}'),
+        ("api_key='a,b c' lr=1", "api_key=*** lr=1"),
+        ("Authorization: Bearer sk-1 sent", "Authorization: *** sent"),
         ("api_key_env=MY_KEY", "api_key_env=MY_KEY"),  # the name of a variable is no secret
         ("max_new_tokens=64 tokens_per_step: 3", "max_new_tokens=64 tokens_per_step: 3"),
         ("alphabet abc", "alphabet abc"),

@@ -42,6 +42,8 @@ class Trainer:
         for idx in range(start, STEPS):
             if cfg.optimizer.lr > 0.05:
                 raise Diverged(f"{head}: gradient norm inf in step {idx + 1}")
+            if cfg.optimizer.lr == 0.03:
+                raise MemoryError("too large for this device")
             value = 1 + (idx + 1) * cfg.optimizer.lr * (2 if head == "medusa" else 3)
             with open(metrics, "a") as f:
                 f.write(json.dumps({"step": idx + 1, f"train/{head}/tokens_per_step": value}) + "\n")
@@ -140,11 +142,12 @@ def test_equal_values_are_one_run(trainer: Trainer, tmp_path: Path) -> None:
 
 
 def test_a_trial_that_fails_is_told_and_passed_over(trainer: Trainer, tmp_path: Path) -> None:
-    space = {"optimizer.lr": {"choices": [0.01, 0.09]}, "heads.medusa.loss_weights": {"choices": [None, [1, 1]]}}
+    space = {"optimizer.lr": {"choices": [0.01, 0.03, 0.09]}, "heads.medusa.loss_weights": {"choices": [None, [1, 1]]}}
     found = sweep.run(asked(tmp_path / "some", "compare=[medusa]", "pruner.kind=none", trials=12, space=space))
     failed = [t["reason"] for t in found["trials"] if t["state"] == "failed"]
     assert any("gradient norm inf in step 1" in reason for reason in failed)
     assert any("2 weights for num_heads=3" in reason for reason in failed)
+    assert any(reason == "MemoryError: too large for this device" for reason in failed)
     assert any(t["state"] == "complete" for t in found["trials"])
     with pytest.raises(NumericsError, match=r"no trial was complete.*gradient norm inf"):
         sweep.run(asked(tmp_path / "all", space={"optimizer.lr": {"choices": [0.09]}}, trials=2))

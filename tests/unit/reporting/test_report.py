@@ -444,3 +444,17 @@ def test_a_fence_is_longer_than_what_it_holds() -> None:
     assert report_page.fence("a ```` b") == "`" * 5
     assert report_page.plain("<b>*a*`c`&") == "&lt;b&gt;\\*a\\*\\`c\\`&amp;"
     assert report_page.cell("a|b\nc") == "a\\|b c"
+
+
+def test_the_verb_that_writes_a_report_at_its_end_does_not_fail_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from draftsmith import report as verb
+
+    def never(*_: object) -> str:
+        raise OverflowError("too wide")
+
+    monkeypatch.setattr(verb.report, "page", never)
+    (tmp_path / "metrics.jsonl").write_text("")
+    verb.write(tmp_path)
+    assert "warning: no report (OverflowError: too wide)" in capsys.readouterr().out

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from draftsmith.training.callbacks import Checkpoints, truncate
+from draftsmith.training.callbacks import Checkpoints, Events, truncate
+from draftsmith.training.clock import Clock
 
 
 def lines(*steps: int) -> str:
@@ -50,6 +51,23 @@ def test_truncate_what_is_not_utf8(tmp_path: Path) -> None:
 def test_truncate_without_a_file(tmp_path: Path) -> None:
     truncate(tmp_path / "none", 3)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_start_after_a_torn_line_has_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    events = Events(path, Clock())
+    events.write("started", 0, of=4, processes=1)
+    with path.open("a") as f:
+        f.write('{"time": "20')  # a kill in the middle of a write
+    events.write("started", 2, of=4, processes=1)
+    events.write("complete", 4, seconds={"base": 1.0})
+    first, torn, *rest = path.read_text().splitlines()
+    assert torn == '{"time": "20'
+    assert [(e["event"], e["step"]) for e in map(json.loads, (first, *rest))] == [
+        ("started", 0),
+        ("started", 2),
+        ("complete", 4),
+    ]
 
 
 def test_a_second_signal_leaves_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

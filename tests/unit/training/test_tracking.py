@@ -107,7 +107,7 @@ class Broken:
         pass
 
     def finalize(self, status: str) -> None:
-        assert status == "success"
+        self.status = status
 
 
 @pytest.mark.parametrize("good", [0, 2])
@@ -156,6 +156,51 @@ def test_one_that_hangs_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "csv is still busy after 0.05 s and is left alone" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("failed", "said"), [(False, "success"), (True, "failed")])
+def test_it_is_told_how_the_run_ended(tmp_path: Path, failed: bool, said: str) -> None:
+    logger = Broken(9)
+    tracker = Tracker(LoggerConfig("csv"), tmp_path, SHOWN, lambda *_: logger)
+    tracker.begin({}, 0)
+    tracker.close(failed=failed)
+    assert logger.status == said
+
+
+def test_what_a_checkpoint_was_too_early_for_is_known_from_the_record(tmp_path: Path) -> None:
+    """MLflow names its run when its server has answered, which may be after the first checkpoints."""
+    record = {"kept": {"kind": "mlflow", "id": "a", "run": "r"}, "logger": {}, "shown": {}}
+    (tmp_path / tracking.FILE).write_text(json.dumps(record))
+    seen: list[Any] = []
+    for kept in ({"kind": "mlflow", "id": "a"}, {"kind": "mlflow", "id": "b"}):
+        tracker = Tracker(
+            LoggerConfig("mlflow"), tmp_path, SHOWN, lambda *told: seen.append(dict(told[3])) or Broken(9)
+        )
+        tracker.begin(kept, 2)
+        tracker.close()
+    assert seen == [{"kind": "mlflow", "id": "a", "run": "r"}, {"kind": "mlflow", "id": "b"}]
+
+
+def test_a_password_in_a_trackers_complaint_is_crossed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def never(*_: Any) -> Any:
+        raise OSError("no answer from http://me:canary99@host/api")
+
+    tracker = Tracker(LoggerConfig("csv"), tmp_path, SHOWN, never)
+    tracker.begin({}, 0)
+    tracker.close()
+    told = capsys.readouterr().out
+    assert "http://***@host/api" in told
+    assert "canary99" not in told
+
+
+@pytest.mark.parametrize("logger", [{"kind": "neptune"}, {"kind": "csv", "colour": 1}])
+def test_results_for_a_tracker_that_is_not_here_are_told_of(
+    tmp_path: Path, logger: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"kept": {"kind": "csv", "id": "a"}, "logger": logger, "shown": {}}
+    (tmp_path / tracking.FILE).write_text(json.dumps(record))
+    tracking.conclude(tmp_path, EVALUATION)
+    assert "the tracker is not told" in capsys.readouterr().out
+
+
 def test_another_kind_begins_anew(tmp_path: Path) -> None:
     tracker = Tracker(LoggerConfig("csv"), tmp_path, SHOWN)
     tracker.begin({"kind": "mlflow", "id": "abc", "run": "r"}, 2)
@@ -170,8 +215,11 @@ def test_none_is_nobody(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_record_is_told_of_and_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / tracking.FILE).write_text("[]")
+@pytest.mark.parametrize("text", ["[]", "{", '{"kept": 1}'])
+def test_a_damaged_record_is_told_of_and_forgotten(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / tracking.FILE).write_text(text)
     assert tracking.told(tmp_path) == {"kept": {}}
     assert "tracker.json does not tell" in capsys.readouterr().out
 
