@@ -6,7 +6,7 @@ The picture is SVG or PNG by its file's suffix; equal entries give equal bytes.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,15 +124,21 @@ def aligned(header: list[str], rows: list[list[str]]) -> str:
 
 
 def write(folder: Path, heads: Sequence[Entry], suffixes: Sequence[str] = ("svg",)) -> str:
-    """leaderboard.md and the pictures in `folder`; the line that tells of them. Without matplotlib, no pictures."""
-    with disk(folder, "the leaderboard"):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "leaderboard.md").write_text(markdown(heads))
+    """leaderboard.md and the pictures in `folder`; the line that tells of them."""
+    return page(folder / "leaderboard", markdown(heads), lambda path: picture(path, heads), suffixes)
+
+
+def page(stem: Path, text: str, draw: Callable[[Path], None], suffixes: Sequence[str]) -> str:
+    """stem.md and a picture per suffix, which draw(path) makes; the line that tells of them. Without matplotlib, no
+    pictures. Raises ResourceError where nothing can be written."""
+    with disk(stem.parent, f"{stem.name}.md"):
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        stem.with_name(f"{stem.name}.md").write_text(text)
         if find_spec("matplotlib") is None:
-            return f"-> {folder / 'leaderboard.md'}; for the picture: pip install draftsmith[plots]"
+            return f"-> {stem}.md; for the picture: pip install 'draftsmith[plots]'"
         for suffix in suffixes:
-            picture(folder / f"leaderboard.{suffix}", heads)
-    return f"-> {folder / 'leaderboard'}.{{{','.join(['md', *suffixes])}}}"
+            draw(stem.with_name(f"{stem.name}.{suffix}"))
+    return f"-> {stem}.{{{','.join(['md', *suffixes])}}}"
 
 
 def _cells(heads: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:

@@ -7,12 +7,10 @@ searched key did. It is SVG or PNG by its file's suffix; equal trials give equal
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts import disk
-from draftsmith.reporting.leaderboard import GRID, INK, LOOKS, QUIET, STYLE, aligned
+from draftsmith.reporting.leaderboard import GRID, INK, LOOKS, QUIET, STYLE, aligned, page
 
 Trial = Mapping[str, Any]
 """number, state (complete, pruned, failed, running), head, params, value, steps, seconds; estimates: [step, value]."""
@@ -57,15 +55,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def write(folder: Path, result: Mapping[str, Any], suffixes: Sequence[str] = ("svg",)) -> str:
-    """sweep.md and the pictures in `folder`; the line that tells of them. Without matplotlib, no pictures."""
-    with disk(folder, "the sweep's table"):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "sweep.md").write_text(markdown(result))
-        if find_spec("matplotlib") is None:
-            return f"-> {folder / 'sweep.md'}; for the picture: pip install draftsmith[plots]"
-        for suffix in suffixes:
-            picture(folder / f"sweep.{suffix}", result)
-    return f"-> {folder / 'sweep'}.{{{','.join(['md', *suffixes])}}}"
+    """sweep.md and the pictures in `folder`; the line that tells of them."""
+    return page(folder / "sweep", markdown(result), lambda path: picture(path, result), suffixes)
 
 
 def _cells(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts import disk
-from draftsmith.reporting.leaderboard import GRID, INK, LOOKS, QUIET, STYLE
+from draftsmith.reporting.leaderboard import GRID, INK, LOOKS, QUIET, STYLE, page
 
 Path_ = tuple[int, ...]
 SHOWN = 32  # nodes and rows for a terminal
@@ -93,15 +91,8 @@ def markdown(name: str, found: Mapping[str, Any]) -> str:
 
 
 def write(folder: Path, name: str, found: Mapping[str, Any]) -> str:
-    """tree_<name>.md and the pictures in the folder; the line that tells of them. Without matplotlib, no pictures."""
-    with disk(folder, f"tree_{name}.md"):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"tree_{name}.md").write_text(markdown(name, found))
-        if find_spec("matplotlib") is None:
-            return f"-> {folder / f'tree_{name}.md'}; for the picture: pip install 'draftsmith[plots]'"
-        for suffix in ("svg", "png"):
-            picture(folder / f"tree_{name}.{suffix}", name, found)
-    return f"-> {folder / f'tree_{name}'}.{{md,svg,png}}"
+    """tree_<name>.md and the pictures in the folder; the line that tells of them."""
+    return page(folder / f"tree_{name}", markdown(name, found), lambda path: picture(path, name, found), ("svg", "png"))
 
 
 def _cells(found: Mapping[str, Any], table: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

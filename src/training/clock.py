@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
@@ -14,6 +14,19 @@ from draftsmith.contracts import Batch
 
 STEP = ("data", "base", "heads")  # what a step consists of; the rest stands between steps
 PARTS = (*STEP, "validation", "checkpoint")
+
+
+def follow_base(module: Any, lap: Callable[[str], None], *, before: str) -> None:
+    """From now on lap(before) is called when a forward of the base begins, lap("base") when it has ended."""
+    inner = module.seen
+
+    def seen(batch: Batch) -> Any:
+        lap(before)
+        found = inner(batch)
+        lap("base")
+        return found
+
+    module.seen = seen
 
 
 class Clock(L.Callback):
@@ -33,16 +46,8 @@ class Clock(L.Callback):
         self._gpu, self._counts, self._within = False, True, ""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        module: Any = pl_module
-        inner, self._gpu = module.seen, module.device.type == "cuda"
-
-        def seen(batch: Batch) -> Any:
-            self.lap("heads")
-            found = inner(batch)
-            self.lap("base")
-            return found
-
-        module.seen = seen
+        self._gpu = pl_module.device.type == "cuda"
+        follow_base(pl_module, self.lap, before="heads")
         self.began = self._mark = time.perf_counter()
         self._since = (0, self.began, 0.0, 0.0)
 

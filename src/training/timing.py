@@ -15,6 +15,7 @@ import torch
 
 from draftsmith.contracts import Batch, Needs
 from draftsmith.errors import ConfigError
+from draftsmith.training.clock import follow_base
 
 PARTS = ("data", "base", "heads", "optimizer", "rest")
 
@@ -40,15 +41,8 @@ class StepTimer(L.Callback):
         self._gpu = False
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        inner, self._gpu = module.seen, module.device.type == "cuda"
-
-        def seen(batch: Batch) -> Any:
-            self._lap("rest")
-            found = inner(batch)
-            self._lap("base")
-            return found
-
-        module.seen = seen
+        self._gpu = module.device.type == "cuda"
+        follow_base(module, self._lap, before="rest")
         trainer.optimizers[0].register_step_post_hook(lambda *_: self._lap("optimizer"))
         self._mark = self._now()
 

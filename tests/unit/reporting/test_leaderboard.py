@@ -97,7 +97,7 @@ def test_pictures_are_there_and_always_the_same(heads: list[Entry], tmp_path: Pa
 def test_without_matplotlib_the_table_comes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaderboard, "find_spec", lambda name: None)
     told = leaderboard.write(tmp_path, two())
-    assert told.endswith("pip install draftsmith[plots]")
+    assert told.endswith("pip install 'draftsmith[plots]'")
     assert [p.name for p in tmp_path.iterdir()] == ["leaderboard.md"]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from draftsmith.reporting import tree
+from draftsmith.reporting import leaderboard, tree
 
 FIGURES = {
     f"{part}_{what}": value
@@ -121,6 +121,6 @@ def test_equal_results_are_equal_pictures(found: dict[str, Any], tmp_path: Path)
 
 
 def test_without_matplotlib_there_are_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree, "find_spec", lambda name: None)
+    monkeypatch.setattr(leaderboard, "find_spec", lambda name: None)
     assert "pip install" in tree.write(tmp_path, "mine", FOUND)
     assert [p.name for p in tmp_path.iterdir()] == ["tree_mine.md"]
