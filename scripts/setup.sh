@@ -8,6 +8,8 @@
 #                skip = the torch that is there: VENV's own, or the machine's, which a new VENV then sees
 #   TORCH_INDEX  the package index that holds that build      default: the last choice for VENV, else pip's own
 #   CONSTRAINTS  the pins                                     default: constraints.txt
+#   LOCKED       1 = everything but torch only as a file whose sha256 stands in requirements.lock; for `dev` alone,
+#                since no other extra is wholly in there. torch then needs an index that you trust (TORCH_INDEX)
 #
 # Why torch comes first and alone: on Linux, pip's usual index serves a torch that brings gigabytes of CUDA
 # libraries, and any package that needs torch would fetch that one. PyTorch's installation page names the index
@@ -30,6 +32,7 @@ if [ -z "${TORCH:-}${TORCH_INDEX:-}" ]; then
     TORCH=$last_torch TORCH_INDEX=$last_index
 fi
 TORCH=${TORCH:-torch==2.13.0} TORCH_INDEX=${TORCH_INDEX:-}
+LOCKED=${LOCKED:-0}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 die() {
@@ -69,16 +72,18 @@ find_python() {
 
 # What is asked, what is there -> "HASH EXTRAS" to install, or nothing if all of it is there.
 plan() {
-    "$python" - "$root" "$stamp" "$CONSTRAINTS" "$TORCH" "$TORCH_INDEX" "$*" <<'PY'
+    "$python" - "$root" "$stamp" "$CONSTRAINTS" "$TORCH" "$TORCH_INDEX" "$LOCKED" "$*" <<'PY'
 import hashlib, pathlib, re, sys, tomllib
 
-root, stamp, constraints, torch, index, asked = sys.argv[1:]
+root, stamp, constraints, torch, index, locked, asked = sys.argv[1:]
 project = pathlib.Path(root, "pyproject.toml").read_bytes()
 wanted = set(re.split(r"[\s,]+", asked)) - {""}
 known = tomllib.loads(project.decode())["project"]["optional-dependencies"]
 if wrong := wanted - set(known):
     sys.exit(f"setup: no such extra: {', '.join(sorted(wrong))}; there are {', '.join(known)}")
 parts = [project, pathlib.Path(constraints).read_bytes(), torch.encode(), index.encode(), sys.version.encode()]
+if locked == "1":
+    parts.append(pathlib.Path(root, "requirements.lock").read_bytes())
 inputs = hashlib.sha256(b"\0".join(parts)).hexdigest()
 lines = pathlib.Path(stamp).read_text().splitlines() if pathlib.Path(stamp).exists() else []
 before, there = (lines + ["", ""])[:2]
@@ -87,7 +92,23 @@ if inputs != before or not wanted <= set(there.split(",")):
 PY
 }
 
+# Only files whose hash is in requirements.lock. Some are sources, which are built without fetching more: by the
+# setuptools of the lock, and beside the torch that is there.
+locked() {
+    local strict=(--require-hashes --no-deps --no-build-isolation)
+    grep -A1000 '^setuptools==' -- requirements.lock | sed '1!{/^[^ ]/,$d}' >"$VENV/setuptools.lock"
+    "$python" -m pip install "${strict[@]}" -r "$VENV/setuptools.lock" &&
+        "$python" -m pip install "${strict[@]}" -r requirements.lock &&
+        "$python" -m pip install --no-deps --no-build-isolation -e . &&
+        "$python" -m pip check
+}
+
 cd -- "$root"
+case $LOCKED in
+0) ;;
+1) [ "$*" = dev ] || die "LOCKED=1: requirements.lock is of the extra dev; say LOCKED=1 scripts/setup.sh dev" ;;
+*) die "LOCKED=$LOCKED: say 1 or 0" ;;
+esac
 
 # An environment of ours whose python is gone, or that was made for another place (its commands name that place),
 # is made anew. What somebody else made is used as it is, or left alone.
@@ -130,10 +151,14 @@ else
 fi
 torch=$("$python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) ||
     die "TORCH=skip, but there is no torch in $VENV"
-{ grep -v -i '^torch==' -- "$CONSTRAINTS" || true; } >"$VENV/constraints.txt"
-printf 'torch==%s\n' "$torch" >>"$VENV/constraints.txt"
-stage "draftsmith${extras:+[$extras]} on torch $torch" \
-    "$python" -m pip install -c "$VENV/constraints.txt" -e ".${extras:+[$extras]}"
+if [ "$LOCKED" = 1 ]; then
+    stage "draftsmith[dev] from requirements.lock on torch $torch" locked
+else
+    { grep -v -i '^torch==' -- "$CONSTRAINTS" || true; } >"$VENV/constraints.txt"
+    printf 'torch==%s\n' "$torch" >>"$VENV/constraints.txt"
+    stage "draftsmith${extras:+[$extras]} on torch $torch" \
+        "$python" -m pip install -c "$VENV/constraints.txt" -e ".${extras:+[$extras]}"
+fi
 
 printf '%s\n' "$inputs" "$extras" >"$stamp.$$"
 mv -- "$stamp.$$" "$stamp"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, config, export, prepare
+from draftsmith import artifacts, config, export, prepare, room
 from draftsmith.beside import Beside, told
 from draftsmith.errors import ConfigError
 
@@ -54,6 +54,7 @@ def run(cfg: DictConfig) -> Path:
         if completed != head.config:
             raise ConfigError(f"companion, drafter: it would be judged by {completed}; the weights are {head.config}")
         head.attach(beside)
+    room.ready(out.absolute().parent, "out", native.size(head, base.adapter))
     facts = {"adopted": Path(own.path).name, "sha256": artifacts.tensors_sha256(head.state_dict())}
     head.said = {"training": facts, "beside": told(beside, own.drafter)}
     head.golden = capsule.record(head, base)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, config, prepare, supply, train
+from draftsmith import artifacts, config, prepare, room, supply, train
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.prompts import PromptsConfig, user_turns
 from draftsmith.errors import ConfigError, DataError, Diverged, NumericsError
@@ -188,8 +188,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     own_keys = {name: getattr(own, name) for name in ("threads", "repeats", "batch_sizes", "batch_prompts")}
     settings = config.typed(own_keys, evaluate.EvaluateConfig, "bakeoff")
     run_dir = config.run_dir(cfg, "bakeoff")
-    with artifacts.disk(run_dir, "a run directory"):
-        run_dir.mkdir(parents=True, exist_ok=True)
+    room.ready(run_dir, "run_dir")
+    if own.out:
+        room.ready(Path(own.out), "out")
     settings.apply()
     with prepare.held(run_dir):
         costs = calibrated(run_dir / "calibration.json", trainings, bench.step_cost)

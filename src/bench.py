@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, comparing, config, prepare, train
+from draftsmith import artifacts, comparing, config, prepare, room, train
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError, DataError
 from draftsmith.training.settings import Settings
@@ -95,6 +95,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if own.against and not own.record:
         recorded(Path(own.against))  # an hour before it is needed
     run_dir = config.run_dir(cfg, "bench")
+    room.ready(run_dir, "run_dir")
     if own.measure:
         artifacts.write_json(run_dir / comparing.PEAK, {"extra": comparing.Steps(cfg, {}).peak()})
         return {}

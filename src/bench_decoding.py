@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from draftsmith import artifacts, config, prepare
+from draftsmith import artifacts, config, prepare, room
 from draftsmith.errors import ConfigError, NumericsError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     own = config.typed(cfg.bench, BenchDecodingConfig, "bench")
     base_config = config.typed(cfg.base, prepare.BaseConfig, "base")
     folder = config.run_dir(cfg, "bench_decoding")
+    room.ready(folder, "run_dir")
     own.apply()
     from draftsmith.data import chat
     from draftsmith.data.prompts import PromptsConfig, make_up

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from draftsmith import artifacts, config, prepare
+from draftsmith import artifacts, config, prepare, room
 from draftsmith.data.rows import read_folder, verified
 from draftsmith.errors import ConfigError, DataError
 from draftsmith.train import heads_of
@@ -43,9 +43,7 @@ def run(cfg: DictConfig) -> Path:
         "store": store.identity(kept),
     }
     job = storing.Job(out, told, plan, base, settings, rank=here.rank, world=here.world)
-    job.check_room()
-    with artifacts.disk(out, "captures"):
-        out.mkdir(parents=True, exist_ok=True)
+    room.ready(out, "out", job.to_write(rows), "choose another folder, a smaller store.dtype, or store.keep=counted")
     with prepare.held(out, here.rank):
         complete = artifacts.is_complete(out)
         job.begin(rows)

@@ -82,8 +82,7 @@ def write(run_dir: Path, cfg: DictConfig, case: Case) -> dict[str, Any]:
         **_machine(cfg, case),
     }
     artifacts.write_json(run_dir / FILE, told)
-    with artifacts.disk(run_dir, PAGE):
-        (run_dir / PAGE).write_text(report.page(told))
+    artifacts.write_bytes(run_dir / PAGE, report.page(told).encode())
     prepare.say(report.lines(told))
     prepare.say(f"-> {run_dir / FILE}, {PAGE}")
     return told

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import logging
 import math
 import os
@@ -27,13 +26,15 @@ from typing import Any, NoReturn, TypeVar
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from draftsmith import grid, shown
+from draftsmith import grid, guard, room, shown, signals, typos
 from draftsmith.artifacts import disk, fingerprint
 from draftsmith.errors import ConfigError, DraftsmithError, Interrupted, ResourceError
+from draftsmith.typos import first_line, nearest
 
 T = TypeVar("T")
 CONF = "pkg://draftsmith.conf"
@@ -45,6 +46,7 @@ ALLOWED_TARGETS = frozenset({"torch.optim.AdamW"})
 MACHINE_KEYS = frozenset(
     {
         "run_dir",
+        "resume.allow",
         "debug",
         "base.recompute",  # the same gradients, bit for bit
         "evaluate",
@@ -58,6 +60,7 @@ MACHINE_KEYS = frozenset(
         "trainer.log_every",
         "trainer.checkpoint_every",
         "trainer.keep",
+        "trainer.skip_nonfinite",  # whatever it is, runs that end have equal weights
         "trainer.profile",
         "data.num_workers",
         "data.generation.server.urls",
@@ -65,6 +68,8 @@ MACHINE_KEYS = frozenset(
     }
 )
 
+# What comes out of Hydra for overrides that it does not foresee.
+UNFORESEEN = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
 LAUNCHED = "DRAFTSMITH_LAUNCHED"  # set for the processes that a command of ours started: their line is not the user's
 
 # Came later than the first runs: part of a run's identity only where they are on.
@@ -82,7 +87,7 @@ def typed(node: Any, schema: type[T], key: str) -> T:
     hints = {n: str if typing.get_origin(h) is typing.Literal else h for n, h in typing.get_type_hints(schema).items()}
     for name in values:
         if name not in hints:
-            raise ConfigError(f"{key}.{name}: no such key{_nearest(name, hints)}")
+            raise ConfigError(f"{key}.{name}: no such key{nearest(name, hints)}")
     values = {n: v for n, v in values.items() if v is not None or not _is_group(hints[n])}  # null: none by name
     inner = {name: _dataclass_in(hint) for name, hint in hints.items()}
     nested: dict[str, Any] = {
@@ -98,12 +103,23 @@ def typed(node: Any, schema: type[T], key: str) -> T:
     try:
         plain = OmegaConf.merge(OmegaConf.structured(dataclasses.make_dataclass("Leaves", fields)), leaves)
         converted = {str(k): v for k, v in OmegaConf.to_container(plain, throw_on_missing=True).items()}  # type: ignore[union-attr]
+        if (wrong := next((k for k, v in flat(converted, f"{key}.") if not _is_finite(v)), None)) is not None:
+            raise ConfigError(f"{wrong}: give a number that is finite")
         return schema(**{**{n: None for n in inner if n in values}, **converted, **nested})
     except OmegaConfBaseException as e:
         at = f"{key}.{e.full_key}" if e.full_key else key
-        raise ConfigError(f"{at}: {_first_line(e)}") from None
+        raise ConfigError(f"{at}: {first_line(e)}") from None
+    except ConfigError as e:
+        raise ConfigError(str(e) if str(e).startswith(f"{key}.") else f"{key}: {e}") from None
     except (ValueError, TypeError) as e:
         raise ConfigError(f"{key}: {e}") from None
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in a leaf is NaN or infinite."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _nested(value: Any, kind: type, hint: Any, key: str) -> Any:
@@ -135,7 +151,11 @@ def target(node: Any, key: str) -> Any:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as e:
         raise ConfigError(f"{key}._target_: cannot import '{name}' ({e})") from None
-    if name not in ALLOWED_TARGETS and not (isinstance(found, type) and hasattr(found, "Config")):
+    # its own module, too: a class that one of ours only imports is somebody else's
+    ours = (
+        isinstance(found, type) and found.__module__ == module and dataclasses.is_dataclass(getattr(found, "Config", 0))
+    )
+    if name not in ALLOWED_TARGETS and not ours:
         raise ConfigError(f"{key}._target_: '{name}' is no class with a Config of its own")
     return found
 
@@ -150,8 +170,10 @@ def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
             return hydra.compose(verb, overrides)
         with hydra.initialize_config_module("draftsmith.conf", version_base=None):
             return hydra.compose(verb, overrides)
-    except HydraException as e:
+    except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(_explain(e, verb)) from None
+    except UNFORESEEN as e:
+        raise ConfigError(typos.unread(e, overrides)) from None
 
 
 def quoted(override: str) -> str:
@@ -218,11 +240,14 @@ def command(verb: str, run: Callable[[DictConfig], Any]) -> NoReturn:
     """A verb's main(): compose, run, map errors to one line and an exit code (the worst job's under -m)."""
     import hydra
 
+    signals.listen()
+    guard.hydra()
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Where torchao is installed transformers imports it, and it tells of every kernel that is for another machine.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     codes: list[int] = []
+    begun: list[bool] = []
     sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
 
     def task(cfg: DictConfig) -> None:
@@ -233,11 +258,21 @@ def command(verb: str, run: Callable[[DictConfig], Any]) -> NoReturn:
                 grid.begin(cfg, run_dir(cfg, verb))
             run(cfg)
 
+        begun.append(True)
         if Interrupted.exit_code not in codes:  # who stops a job stops the grid
             codes.append(_guarded(known, verb, debug=bool(cfg.get("debug"))))
 
     main = hydra.main(version_base=None, config_path=CONF, config_name=verb)(task)
-    outside = _guarded(main, verb, debug='debug="true"' in sys.argv)
+
+    def whole() -> None:
+        try:
+            main()
+        except UNFORESEEN as e:
+            if begun or isinstance(e, DraftsmithError):
+                raise
+            raise ConfigError(typos.unread(e, sys.argv[1:])) from None
+
+    outside = _guarded(whole, verb, debug='debug="true"' in sys.argv)
     _leave(max([outside, *codes]))
 
 
@@ -256,8 +291,11 @@ def _leave(code: int) -> NoReturn:
 @contextlib.contextmanager
 def as_job(cfg: DictConfig, verb: str) -> Iterator[list[str]]:
     """Python's arguments for another process that runs the verb with this configuration; good inside the context."""
-    with tempfile.TemporaryDirectory(prefix="draftsmith-") as folder:
-        Path(folder, "job.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    where = os.environ.get("TMPDIR", "the folder for temporary files")
+    with contextlib.ExitStack() as held:
+        with disk(where, "what the processes are to run"):
+            folder = held.enter_context(tempfile.TemporaryDirectory(prefix="draftsmith-"))
+            Path(folder, "job.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
         quiet = [f"hydra/{log}=none" for log in ("job_logging", "hydra_logging")]
         given = ["--config-dir", folder, "--config-name", "job", "hydra.run.dir=.", "hydra.output_subdir=null", *quiet]
         yield ["-m", f"draftsmith.{verb}", *given]
@@ -280,19 +318,20 @@ def _guarded(work: Callable[[], Any], verb: str, *, debug: bool) -> int:
         if debug:
             traceback.print_exc()
         return _say(_explain(e, verb), ConfigError.exit_code)
+    except YAMLError as e:  # of a --config-dir
+        return _say(f"{verb}: a yaml does not read as plain data: {e}", ConfigError.exit_code)
     except KeyboardInterrupt:
-        return _say(f"{verb}: interrupted; the same command starts again from what is complete", 75)
-    except MemoryError as e:
+        _say(f"{verb}: stopped by a signal; the same command goes on from what is complete", Interrupted.exit_code)
+        _say_how_to_resume(verb)
+        return Interrupted.exit_code
+    except Exception as e:
         if debug:
             traceback.print_exc()
-        return _say(f"out of memory {e}: lower data.batch_size or data.length", ResourceError.exit_code)
-    except OSError as e:
-        if debug:
-            traceback.print_exc()
-        return _say(f"{e.filename or verb}: {e.strerror or e}", ResourceError.exit_code)
-    except Exception as e:  # ours to mend: still one line, and never exit 0
-        if debug:
-            traceback.print_exc()
+        if room.exhausted(e):
+            return _say(f"{verb}: out of memory ({room.words(e)}); {room.SMALLER}", ResourceError.exit_code)
+        if isinstance(e, OSError):
+            return _say(f"{e.filename or verb}: {e.strerror or e}", ResourceError.exit_code)
+        # ours to mend: still one line, and never exit 0
         frame = traceback.extract_tb(e.__traceback__)[-1]
         return _say(f"{verb}: {type(e).__name__}: {e} ({frame.filename}:{frame.lineno}); debug=true tells more", 1)
 
@@ -318,7 +357,7 @@ def _refuse_unknown(cfg: DictConfig, verb: str) -> None:
         if key not in known and isinstance(cfg.debug, str):
             raise ConfigError(f"debug={cfg.debug}: sets {key}, which {verb} has not; it is train's and plan's")
         if key not in known:
-            raise ConfigError(f"{key}: no such key{_nearest(key, known)}")
+            raise ConfigError(f"{key}: no such key{nearest(key, known)}")
 
 
 def _refuse_secrets(cfg: DictConfig) -> None:
@@ -331,29 +370,7 @@ def _refuse_secrets(cfg: DictConfig) -> None:
 
 def _explain(e: Exception, verb: str) -> str:
     """Hydra's message as one line that names the nearest valid spelling."""
-    if isinstance(e, MissingConfigException) and e.missing_cfg_file:
-        group, _, name = str(e.missing_cfg_file).rpartition("/")
-        folder = resources.files("draftsmith.conf").joinpath(*group.split("/"))  # Hydra tells none of a list, head=[…]
-        options = e.options or sorted(p.stem for p in map(Path, map(str, folder.iterdir())) if p.suffix == ".yaml")
-        return f"{group}: no such choice '{name}'{_nearest(name, options)}; there are {', '.join(options)}"
-    if isinstance(e, MissingMandatoryValue):
-        return f"{e.full_key}: must be given, as {e.full_key}=…"
-    text = _first_line(e)
-    missing = getattr(e.__cause__, "full_key", None) or getattr(e, "full_key", None)
-    if missing and "not in struct" in f"{text} {e.__cause__}":
-        leaves = [k for k, _ in flat(typing.cast(dict, OmegaConf.to_container(compose(verb))))]
-        known = {".".join(k.split(".")[: i + 1]) for k in leaves for i in range(k.count(".") + 1)}
-        return f"{missing}: no such key{_nearest(str(missing), sorted(known))}"
-    return text
-
-
-def _first_line(e: Exception) -> str:
-    return next((line for line in str(getattr(e, "msg", None) or e).splitlines() if line.strip()), repr(e))
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return typos.explain(e, lambda: [k for k, _ in flat(typing.cast(dict, OmegaConf.to_container(compose(verb))))])
 
 
 def _is_group(hint: Any) -> bool:
@@ -366,35 +383,3 @@ def _dataclass_in(hint: Any) -> type | None:
     several = isinstance(hint, types.UnionType) or typing.get_origin(hint) is dict
     options = typing.get_args(hint) if several else (hint,)
     return next((o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
-
-
-def claim(cfg: DictConfig, folder: Path, *, begun: bool = True) -> None:
-    """Writes folder/config.yaml, or checks that what is there is the same run: another one is refused, key by
-    key, so that a folder never mixes two runs. Until one has begun, a corrected command takes the folder over."""
-    path = folder / "config.yaml"
-    theirs = typing.cast(DictConfig, OmegaConf.load(path)) if path.exists() else None
-    if theirs is None or (not begun and "heads" in theirs and "data" in theirs):
-        plain = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k != "run_dir"}  # type: ignore[union-attr]
-        with disk(folder, "a run directory"):
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".config.{os.getpid()}.tmp")
-            temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
-            os.replace(temporary, path)
-        return
-    before, ours = identity(theirs), identity(cfg)
-    changed = [k for k in sorted({*ours, *before}) if ours.get(k) != before.get(k)]
-    if changed:
-        table = ", ".join(f"{k}: {before.get(k)} -> {ours.get(k)}" for k in changed)
-        cure = _splits(cfg, before["global_batch"]) if changed == ["global_batch"] else ""
-        raise ConfigError(f"run_dir: {folder} holds another run ({table}); {cure}choose another run_dir")
-
-
-def _splits(cfg: DictConfig, batch: int) -> str:
-    """How these processes can share the global batch that a run began with; else how many could."""
-    batch_size, _, devices, nodes = (OmegaConf.select(cfg, k) for k in SPLIT_KEYS)
-    share, rest = divmod(batch, devices * nodes)
-    if rest:
-        divisors = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
-        return f"{batch} packs divide by {divisors} processes, not by {devices * nodes}; start so many, or "
-    size = math.gcd(share, batch_size)
-    return f"to go on, say data.batch_size={size} trainer.accumulate={share // size}, or "

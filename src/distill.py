@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from draftsmith import artifacts, config, prepare, supply
+from draftsmith import artifacts, config, prepare, room, supply
 from draftsmith.data.rows import verified
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError
@@ -28,10 +28,10 @@ def run(cfg: DictConfig) -> Path:
     out, here = Path(cfg.out), processes.place()
     out = out if out.name else out.resolve()
     if _complete(out, base_config, data):
+        supply.journal.tidy(out)
         prepare.say(f"{out}: already complete")
         return out
-    with artifacts.disk(out, "rows"):
-        out.mkdir(parents=True, exist_ok=True)
+    room.ready(out, "out")
     with prepare.held(out, here.rank):
         machine.apply()
         base: BaseLM | Outline

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from draftsmith import artifacts, config, prepare, supply
+from draftsmith import artifacts, config, prepare, room, supply
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError, DataError, DraftsmithError
 from draftsmith.reporting.checkup import checkup
@@ -57,6 +57,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     own.apply()
     from draftsmith.data import checks
 
+    if own.out:
+        room.ready(Path(own.out).absolute().parent, "out")
     report: dict[str, Any] = {"environment": environment(own.device)}
     findings: list[Finding] = list(_surroundings(report["environment"]))
     base = prepare.load_base(base_config, own.device)

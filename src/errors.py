@@ -24,6 +24,10 @@ class DataError(DraftsmithError, ValueError):
     exit_code = 3
 
 
+class TooNew(DataError):
+    """Whole, but written by a later version than this one: nothing to pass over as damaged."""
+
+
 class NumericsError(DraftsmithError, ArithmeticError):
     """A loss, gradient or comparison is not finite or not equal where it must be."""
 
@@ -38,6 +42,10 @@ class ResourceError(DraftsmithError, OSError):
     """The disk or the memory refused; what had been published before is untouched."""
 
     exit_code = 5
+
+
+class OutOfMemory(ResourceError):
+    """The memory is too small for the sizes that the message names."""
 
 
 class PeerError(DraftsmithError, RuntimeError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, asking, certify, config, judging, prepare, report, supply
+from draftsmith import artifacts, asking, certify, claims, config, judging, prepare, report, room, supply
 from draftsmith.beside import Beside
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.prompts import PromptsConfig, user_turns
@@ -61,6 +61,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError("gate=oracle: knows a greedy text only; give decoding.temperature=0 and certify=false")
     run_dir = config.run_dir(cfg, "evaluate")
     folders, of_run = heads_of(run_dir, settings.load)
+    room.ready(run_dir, "run_dir")
     base_config = base_of(cfg, folders, of_run)
     chat = cfg.chat or (of_run or {}).get("data", {}).get("chat") or {}
     told = config.typed(chat, ChatConfig, "chat")
@@ -77,7 +78,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if any(h.role == "primer" for h in heads.values()) and max(settings.prompt_lengths, default=0) > limit:
         raise ConfigError(f"prompt_lengths={settings.prompt_lengths}: the base has {limit} positions")
     asked, source = held_out(base, prompts, of_run, told, decoding.max_new_tokens, tuned_on(heads.values()))
-    found = judging.judged(base, heads, asked, decoding, baselines, settings, gate, around.companion)
+    most, longest = max([1, *settings.batch_sizes]), max(len(a.ids) for a in asked) + decoding.max_new_tokens
+    smaller = f"lower batch_sizes, now at most {most}, or decoding.max_new_tokens"
+    with room.memory(f"evaluate: {most} x up to {longest} tokens", smaller):
+        found = judging.judged(base, heads, asked, decoding, baselines, settings, gate, around.companion)
     dtype = str(base.dtype).removeprefix("torch.")
     how = {"prompts": source, "repeats": settings.repeats, "threads": settings.threads, "device": str(base.device)}
     result = {
@@ -86,8 +90,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         **({} if gate is None else {"gate": dataclasses.asdict(gate)}),
         **found,
     }
-    with artifacts.disk(run_dir, "evaluation.json"):
-        run_dir.mkdir(parents=True, exist_ok=True)
     artifacts.write_json(run_dir / "evaluation.json", result)
     prepare.say(table.evaluation(result))
     prepare.say(f"-> {run_dir / 'evaluation.json'}")
@@ -117,9 +119,14 @@ def heads_of(run_dir: Path, load: Any) -> tuple[dict[str, Path], dict[str, Any] 
         return folders, None
     if not artifacts.is_complete(run_dir, manifest="COMPLETE.json"):
         raise DataError(f"{run_dir}: no complete run of draftsmith train; run_dir=… names one, load=[…] heads")
-    names = artifacts.read_json(run_dir / "COMPLETE.json")["heads"]
-    of_run = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-    return {name: run_dir / "heads" / name for name in names}, cast("dict[str, Any]", of_run)
+    names = artifacts.read_object(run_dir / "COMPLETE.json").get("heads")
+    if not isinstance(names, list) or not all(isinstance(n, str) and Path(n).name == n for n in names) or not names:
+        cure = f"load=[{run_dir}/heads/…] names one"
+        raise DataError(f"{run_dir / 'COMPLETE.json'}: names no heads; it is damaged: {cure}")
+    if (of_run := claims.stored(run_dir)) is None:
+        raise DataError(f"{run_dir}: config.yaml is gone; bring it back, or name heads by load=[…] beside base=…")
+    kept = cast("dict[str, Any]", OmegaConf.to_container(of_run))
+    return {name: run_dir / "heads" / name for name in names}, kept
 
 
 def base_of(cfg: DictConfig, folders: Mapping[str, Path], of_run: dict[str, Any] | None) -> prepare.BaseConfig:
@@ -129,7 +136,12 @@ def base_of(cfg: DictConfig, folders: Mapping[str, Path], of_run: dict[str, Any]
         return config.typed(cfg.base, prepare.BaseConfig, "base")
     if of_run is None:
         raise ConfigError("base: which one? give base=… beside load=…")
-    base = dataclasses.replace(config.typed(of_run["base"], prepare.BaseConfig, "base"), trust_remote_code=False)
+    try:
+        recorded_base = config.typed(of_run.get("base"), prepare.BaseConfig, "base")
+    except ConfigError as e:
+        path = next(iter(folders.values())).parents[1] / "config.yaml"
+        raise DataError(f"{path}: {e}; bring it back, or give base=…") from None
+    base = dataclasses.replace(recorded_base, trust_remote_code=False)
     first = next(iter(folders.values()))
     if (first / "adapter").is_dir():  # what was trained of the base lies with the head
         base = dataclasses.replace(base, lora=None, adapter=str(first / "adapter"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from draftsmith import artifacts, beside, certify, config, evaluate, prepare, pushing
+from draftsmith import artifacts, beside, certify, config, evaluate, prepare, pushing, room
 from draftsmith.errors import ConfigError
 
 
@@ -32,6 +32,9 @@ def run(cfg: DictConfig) -> list[Path]:
     if hasattr(exporter, "check"):  # all of them before any is written
         for name, head in heads.items():
             exporter.check(head, base, name=name)
+    share = 0.5 if getattr(exporter.config, "dtype", None) in ("bfloat16", "float16") else 1.0
+    for name, place in places.items():
+        room.ready(place.absolute().parent, "out", share * native.size(heads[name], base.adapter))
     made = []
     for name, head in heads.items():
         made.append(exporter.save(places[name], head, base, name=name))

@@ -20,7 +20,7 @@ from draftsmith.decoding.gates import Confidence, Fixed, GateConfig, Oracle
 from draftsmith.decoding.measure import Contender, MakeGate
 from draftsmith.decoding.referee import HF, DecodingConfig, Referee
 from draftsmith.decoding.tree import TreeSpec
-from draftsmith.errors import ConfigError, NumericsError
+from draftsmith.errors import ConfigError, DataError, NumericsError
 from draftsmith.heads.acceptance import Acceptance, AcceptanceGate
 from draftsmith.heads.draft_model import DraftModel
 from draftsmith.roles import Drafter
@@ -127,7 +127,10 @@ def contenders(referee: Referee, heads: Mapping[str, Head], gate: GateConfig | N
 def tuned_tree(head: Head) -> TreeSpec | None:
     """What draftsmith tune found best for it, if it was asked."""
     told = head.said.get("tuned", {}).get("tree")
-    return None if told is None else config.typed(told, TreeSpec, "tuned.tree")
+    try:
+        return None if told is None else config.typed(told, TreeSpec, "tuned.tree")
+    except ConfigError as e:
+        raise DataError(f"{head.said.get('name')}/config.json: {e}; it is damaged: tune it again") from None
 
 
 def without_weights(gate: GateConfig) -> MakeGate:

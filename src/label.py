@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from draftsmith import artifacts, config, prepare
+from draftsmith import config, prepare, room
 from draftsmith.data.rows import Rows, check_origin, verified
 from draftsmith.errors import ConfigError, DataError
 
@@ -45,8 +45,8 @@ def run(cfg: DictConfig) -> Path:
         "labels": settings.identity(),
     }
     specs = {name: dataclasses.asdict(b.spec) for name, b in pair.items()}
-    with artifacts.disk(out, "labels"):
-        out.mkdir(parents=True, exist_ok=True)
+    shards = [n for n in facts["files"] if n.startswith("rows-") and not (out / n).is_file()]
+    room.ready(out, "out", room.files(facts["files"][n]["bytes"] for n in shards))  # rows, and a label for each token
     began = time.perf_counter()
     with prepare.held(out):
         told = labels.label_folder(rows, out, plan, specs, lambda r: _label(base, companion, r, settings), prepare.say)

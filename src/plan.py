@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from draftsmith import artifacts, config, counting, prepare, train
+from draftsmith import artifacts, config, counting, prepare, room, train
 from draftsmith.data.settings import DataConfig
 from draftsmith.errors import ConfigError
 from draftsmith.reporting import plan_table, planning
@@ -52,8 +52,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     prepare.say(plan_table.table(plan))
     if cfg.run_dir is not None:
         target = Path(cfg.run_dir) / "plan.json"
-        with artifacts.disk(target, "a plan"):
-            target.parent.mkdir(parents=True, exist_ok=True)
+        room.ready(target.parent, "run_dir")
         artifacts.write_json(target, plan)
         prepare.say(f"-> {target}")
     return plan

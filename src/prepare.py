@@ -21,9 +21,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from draftsmith import artifacts, config, shown
+from draftsmith import artifacts, config, room, shown
 from draftsmith.base.settings import QUANTISED, LoraConfig, ShapeConfig
-from draftsmith.errors import ConfigError
+from draftsmith.errors import ConfigError, DataError
 from draftsmith.training import processes
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ def load_base(base: BaseConfig, device: str = "cpu", cutter: Cutter | None = Non
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     base = stand_in(base)
     path = base.path or str(base_folder(base))
-    if base.trust_remote_code:
-        say(f"trust_remote_code: running the code that {path} at revision {base.revision or 'newest'} brings")
+    _say_whose_code(base, path)
     how: dict[str, Any] = {
         "revision": base.revision,
         "dtype": base.dtype,
@@ -92,14 +91,16 @@ def load_base(base: BaseConfig, device: str = "cpu", cutter: Cutter | None = Non
         "trust_remote_code": base.trust_remote_code,
         "adapter": base.adapter,
     }
-    if cutter is not None:
-        from draftsmith.base import pieces
+    smaller = "choose base.dtype=bfloat16, base.quantise=int8 or a smaller base"
+    with room.memory(f"base: the weights of {path}", smaller):
+        if cutter is not None:
+            from draftsmith.base import pieces
 
-        loaded: BaseLM = pieces.load(path, cutter, **how)
-    else:
-        from draftsmith.base import lm
+            loaded: BaseLM = pieces.load(path, cutter, **how)
+        else:
+            from draftsmith.base import lm
 
-        loaded = lm.load(path, quantise=base.quantise, **how)
+            loaded = lm.load(path, quantise=base.quantise, **how)
     if base.shape is not None:
         from draftsmith.base import shapes
 
@@ -119,8 +120,14 @@ def outline(base: BaseConfig) -> Outline:
     """The base without its weights, made first if it has a recipe."""
     from draftsmith.base import outlines
 
+    _say_whose_code(base, path_of(base))
     told = outlines.outline(path_of(base), revision=base.revision, trust_remote_code=base.trust_remote_code)
     return replace(told, spec=replace(told.spec, quantised=base.quantise or ""))
+
+
+def _say_whose_code(base: BaseConfig, path: str) -> None:
+    if base.trust_remote_code:
+        say(f"trust_remote_code: running the code that {path} at revision {base.revision or 'newest'} brings")
 
 
 def stand_in(base: BaseConfig) -> BaseConfig:
@@ -188,7 +195,11 @@ def content_sha256(path: str | Path | None) -> str | None:
 
 @contextlib.contextmanager
 def held(run_dir: Path, rank: int = 0) -> Iterator[None]:
-    """No other process `rank` writes this folder meanwhile; a lock whose process died is free again."""
+    """No other process `rank` writes this folder meanwhile; a lock whose process died is free again. DataError where a
+    file of it is a link to elsewhere: a run adds to its own files, never to what they lead to."""
+    for path in [*run_dir.glob("*.jsonl"), *run_dir.glob(".lock*")]:
+        if elsewhere := artifacts.outside(run_dir, path):
+            raise DataError(f"{path}: is a link to {elsewhere}, outside its folder; put the file itself there")
     with artifacts.disk(run_dir, "a lock"):
         lock = open(run_dir / (f".lock-{rank}" if rank else ".lock"), "a+")  # noqa: SIM115 (held for the whole block)
     with lock:
@@ -199,6 +210,7 @@ def held(run_dir: Path, rank: int = 0) -> Iterator[None]:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}")
             lock.flush()
+        os.register_at_fork(after_in_child=lock.close)  # a worker that outlives a killed process would hold it on
         yield
 
 
@@ -294,8 +306,8 @@ def _version(name: str) -> str | None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    room.ready(folder.parent, "DRAFTSMITH_CACHE")
     with artifacts.disk(folder, "the cache"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115 (held for the whole block)
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, config, prepare, shown
+from draftsmith import artifacts, claims, config, prepare, room, shown
 from draftsmith.errors import ConfigError, DataError
 from draftsmith.reporting import report, report_compare, report_page, report_run
 
@@ -35,10 +35,12 @@ def run(cfg: DictConfig) -> list[Path]:
     runs = [read(folder) for folder in folders]
     written = [Path(settings.out)] if len(runs) == 1 and settings.out else folders
     for folder, one in zip(written, runs, strict=True):
+        room.ready(folder, "out")
         prepare.say(report_page.write(folder, report.page(one)))
     if len(runs) > 1:
         names = sorted(str(f.resolve()) for f in folders)
         out = Path(settings.out or Path("runs") / f"report-{artifacts.fingerprint(names)[:8]}")
+        room.ready(out, "out")
         prepare.say(report_page.write(out, report_compare.page(runs)))
         written = [*written, out]
     return written
@@ -50,10 +52,9 @@ def read(folder: Path) -> report_run.Run:
         raise DataError(
             f"{folder}: holds none of {', '.join(TELLING)}; name a directory of draftsmith train or evaluate"
         )
-    path = folder / "config.yaml"
-    if not path.is_file():
+    if (found := claims.stored(folder)) is None:
         return report_run.read(folder, {}, "")
-    own = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(path)))
+    own = cast("dict[str, Any]", OmegaConf.to_container(found))
     values = report_run.clean(shown.of(own))
     return report_run.read(folder, values, OmegaConf.to_yaml(OmegaConf.create(values)))
 

@@ -39,6 +39,7 @@ from draftsmith.training.settings import (
     LoggerConfig,
     LossConfig,
     OptimizerConfig,
+    ResumeConfig,
     SchedulerConfig,
     StrategyConfig,
     TrainerConfig,
@@ -66,7 +67,9 @@ TARGETED = {"head", "exporter"}
 # what a verb's own file holds beside the groups: (verb, key) -> its dataclass
 OWN: dict[tuple[str, str], type] = {
     ("train", "loss"): LossConfig,
+    ("train", "resume"): ResumeConfig,
     ("plan", "loss"): LossConfig,
+    ("plan", "resume"): ResumeConfig,
     ("plan", "hardware"): HardwareConfig,
     ("evaluate", "prompts"): PromptsConfig,
     ("evaluate", "certificate"): CertificateConfig,

@@ -7,15 +7,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import pkgutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
-from draftsmith import artifacts, prepare
+from draftsmith import artifacts, prepare, room, signals
 from draftsmith.data import funnel, journal, sources
 from draftsmith.data.prompts import PromptsConfig, make_up
 from draftsmith.data.records import Record
@@ -60,9 +58,12 @@ def check_labels(data: DataConfig, base: BaseLM, companion: BaseLM) -> None:
                 f"{key}: {path} holds no labels; beside a draft model a gate that learns sampling reads what draftsmith"
                 " label writes"
             )
-        facts, plan = artifacts.read_json(folder / artifacts.MANIFEST), artifacts.read_json(folder / PLAN)
-        if facts.get("labels", {}).get("kind") != "acceptance":
-            raise DataError(f"{folder}: labels of kind {facts.get('labels', {}).get('kind')}; a gate wants acceptance")
+        facts, plan = artifacts.read_object(folder / artifacts.MANIFEST), artifacts.read_object(folder / PLAN)
+        for name in ("labels", "base", "companion"):
+            if not isinstance(facts.get(name), dict):
+                raise DataError(f"{folder / artifacts.MANIFEST}: tells no {name}; it is damaged; label again")
+        if facts["labels"].get("kind") != "acceptance":
+            raise DataError(f"{folder}: labels of kind {facts['labels'].get('kind')}; a gate wants acceptance")
         for name, now in (("base", base), ("companion", companion)):
             if plan.get(name) != identity(now.spec, now.weights_sha256()):
                 made = facts.get(name, {}).get("path")
@@ -226,6 +227,8 @@ def answer(
     from draftsmith.data.generate import Setting
 
     facts = _ask(data, base, out, rank)
+    if not rank:  # whatever they are answered, the rows say again what was asked
+        room.ready(out, "out", (out / journal.ASKED / journal.RECORDS).stat().st_size)
     setting = Setting(base.tokenizer, base.eos_ids, base.spec.max_positions, data.generation, data.chat)
     job = journal.Job(out, data.generation.shard_rows, rank=rank, world=world)
     _engine(job, setting, base, out)
@@ -249,7 +252,8 @@ def _ask(data: DataConfig, base: BaseLM | Outline, out: Path, rank: int) -> dict
     if not artifacts.is_complete(asked):
         facts = {"base": dataclasses.asdict(base.spec), **_weights(data, base), **facts_of(data)}
         _publish_asked(data, out, facts)
-    recorded = {k: v for k, v in artifacts.read_json(asked / artifacts.MANIFEST).items() if k not in ("kind", "files")}
+    told = artifacts.read_json(asked / artifacts.MANIFEST)
+    recorded = {k: v for k, v in told.items() if k not in ("kind", "schema", "files")}
     check_base(recorded, base, out)
     return recorded
 
@@ -289,7 +293,7 @@ def _publish_asked(data: DataConfig, out: Path, facts: dict[str, Any]) -> None:
     weights = {name: source.weight for name, source in data.prompts.chosen.items()}
     with funnel.Funnel(out.with_name(f"{out.name}.quarantine.jsonl")) as counted:
         records = list(funnel.intake(data.prompts.chosen, counted))
-        counted.settle(data.on_bad)
+        counted.settle(data.on_bad, data.prompts.chosen)
         counted.flush()
         journal.publish_asked(out, records, counted.path, weights=weights, **facts)
     return counted.path.unlink()
@@ -325,34 +329,17 @@ def _engine(job: journal.Job, setting: Setting, base: Any, out: Path) -> None:
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     """Tells at every tenth; a signal stops the work at the next batch's edge, journaled."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
-            os._exit(Interrupted.exit_code)
-        asked.append(number)
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)} if _main_thread() else {}
     done, tell = 0, _tell_every(total)
+    with signals.noted() as asked:
 
-    def told(n: int) -> None:
-        nonlocal done
-        done += n
-        tell(done, 0)
-        if asked:
-            raise Interrupted(f"stopped by a signal after {done} of {total} prompts; the same command resumes")
+        def told(n: int) -> None:
+            nonlocal done
+            done += n
+            tell(done, 0)
+            if asked:
+                raise Interrupted(f"stopped by a signal after {done} of {total} prompts; the same command resumes")
 
-    try:
         yield told
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-def _main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()
 
 
 def _tell_every(total: int) -> Callable[[int, int], None]:

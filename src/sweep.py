@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, open_dict
 
-from draftsmith import artifacts, config, prepare, shown, train
+from draftsmith import artifacts, claims, config, prepare, room, shown, train
 from draftsmith.data.prompts import PromptsConfig
-from draftsmith.errors import ConfigError, DataError, Diverged, DraftsmithError, NumericsError
+from draftsmith.errors import ConfigError, DataError, Diverged, DraftsmithError, NumericsError, OutOfMemory
 from draftsmith.reporting import sweep as report
 from draftsmith.searching import Judge, PrunerConfig, Searched, SweepConfig, same_data, watched
 from draftsmith.training import processes
@@ -84,7 +84,7 @@ class Sweep:
             value, state = self._value(trial, head, values, note_time), "COMPLETE"
         except Pruned as e:
             state, reason = "PRUNED", str(e)
-        except Diverged as e:  # too high a learning rate, as a rule
+        except (Diverged, OutOfMemory) as e:  # too high a learning rate, as a rule; or too large for this machine
             reason = str(e)
         except ConfigError as e:  # values that do not go together
             if prepare.is_held(self._folder(trial)):
@@ -92,7 +92,7 @@ class Sweep:
             reason = str(e)
         except DraftsmithError:  # the disk, a signal: nothing that another trial would be spared
             raise
-        except Exception as e:  # as a GPU's memory that is too small for this one
+        except Exception as e:
             reason = f"{type(e).__name__}: {shown.clean(' '.join(str(e).split()))[:300]}"
         finally:
             note_time()
@@ -175,10 +175,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         for key in NOT_THE_STUDY:
             del same[key]
     run_dir = config.run_dir(same, "sweep")
-    with artifacts.disk(run_dir, "a run directory"):
-        run_dir.mkdir(parents=True, exist_ok=True)
+    room.ready(run_dir, "run_dir")
     with prepare.held(run_dir):
-        config.claim(same, run_dir)
+        claims.claim(same, run_dir)
         sweep = Sweep(own, run_dir, opened(run_dir / "study.db", run_dir.name, own.pruner), judge)
         while (trial := sweep.next()) is not None:
             sweep.try_out(trial)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftsmith import artifacts, config, counting, prepare, shown, stored, supply
+from draftsmith import artifacts, claims, config, counting, prepare, room, shown, stored, supply
 from draftsmith.beside import Beside, told
 from draftsmith.data.settings import DataConfig
-from draftsmith.errors import ConfigError, DataError, Interrupted, NumericsError
+from draftsmith.errors import ConfigError, DataError, Interrupted
 from draftsmith.training import processes, strategy, tracking
-from draftsmith.training.settings import LoggerConfig, Settings
+from draftsmith.training.settings import STEP, LoggerConfig, ResumeConfig, Settings
 
 if TYPE_CHECKING:
     from lightning import Callback
@@ -36,6 +36,7 @@ def run(cfg: DictConfig, more: Sequence[Callback] = ()) -> Path:
     processes.adopt(cfg.trainer)
     settings = Settings.of(cfg)
     logger = config.typed(cfg.logger, LoggerConfig, "logger")
+    resume = config.typed(cfg.resume, ResumeConfig, "resume")
     prepare.check_seed(cfg.seed)
     chosen = heads_of(cfg)
     check_company(chosen, base_config, cfg.start_from)
@@ -59,7 +60,9 @@ def run(cfg: DictConfig, more: Sequence[Callback] = ()) -> Path:
         tracker = tracking.of(logger, run_dir, shown.of(config.plain(cfg)))
         how: dict[str, Any] = {"deepspeed": engine, "watch": watch, "more": more, "tracker": tracker}
         with contextlib.ExitStack() as held:
-            done, source = processes.by_first(lambda: _claimed(cfg, run_dir, data, held))
+            claimed = processes.by_first(lambda: _claimed(cfg, run_dir, base_config, data, resume, held))
+            done, source, changed = claimed
+            how |= {"loose": resume, "begin": lambda step: claims.accept(cfg, run_dir, changed, step)}
             if tracker is not None:
                 held.push(lambda kind, *_: tracker.close(failed=kind is not None and kind is not Interrupted))
             if not done:
@@ -67,24 +70,35 @@ def run(cfg: DictConfig, more: Sequence[Callback] = ()) -> Path:
     return _judged(cfg, run_dir)
 
 
-def _claimed(cfg: DictConfig, run_dir: Path, data: DataConfig, held: contextlib.ExitStack) -> tuple[bool, str | None]:
-    """(whether the run is complete, hash of its sources), after this process made the directory its own."""
+def _claimed(
+    cfg: DictConfig,
+    run_dir: Path,
+    base: prepare.BaseConfig,
+    data: DataConfig,
+    resume: ResumeConfig,
+    held: contextlib.ExitStack,
+) -> tuple[bool, str | None, claims.Changes]:
+    """(whether the run is complete, hash of its sources, what differs from before and may), after this process made the
+    directory its own."""
     complete = artifacts.is_complete(run_dir, manifest="COMPLETE.json")
-    begun = complete or any((run_dir / "checkpoints").glob("step-*"))
-    if begun:
-        config.claim(cfg, run_dir)
+    begun = complete or any((run_dir / "checkpoints").glob(STEP))
+    changed = claims.claim(cfg, run_dir, resume=resume) if begun else {}
     source = artifacts.fingerprint(supply.content(data)) if data.chosen else None
     if complete:
         if artifacts.read_json(run_dir / "COMPLETE.json")["data_sha256"] != source:
             raise DataError(f"{run_dir}: complete, but with other data than there is now; choose another run_dir")
+        if any(key.startswith("base.") for key in changed):  # it lies elsewhere now: its contents tell
+            claims.check_base(prepare.load_base(base), run_dir)
+        artifacts.reclaim(run_dir)
         prepare.say(f"{run_dir}: already complete")
-        return True, source
-    with artifacts.disk(run_dir, "a run directory"):
-        run_dir.mkdir(parents=True, exist_ok=True)
+        return True, source, {}
+    room.ready(run_dir, "run_dir")
     held.enter_context(prepare.held(run_dir))
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / "heads"):
+        artifacts.reclaim(folder)
     if not begun:
-        config.claim(cfg, run_dir, begun=False)
-    return False, source
+        claims.claim(cfg, run_dir, begun=False, resume=resume)
+    return False, source, changed
 
 
 def _judged(cfg: DictConfig, run_dir: Path) -> Path:
@@ -112,10 +126,9 @@ def _run(
 ) -> None:
     """Base, rows, heads, training, exports; nothing marks the run complete before the end. how: of fit.fit's
     arguments those that say where and beside whom it runs."""
-
     import torch
 
-    from draftsmith.training.fit import completed, new_adapter, new_head
+    from draftsmith.training.fit import completed, new_adapter, new_head, unchanged
 
     if settings.trainer.threads:  # before the base writes rows: two threads on one busy core are far slower
         torch.set_num_threads(settings.trainer.threads)
@@ -144,18 +157,19 @@ def _run(
         start(name, heads[name], Path(folder), base)
     if base_config.lora is not None and not cfg.start_from:
         prepare.say("note: the adapter learns beside heads that know nothing yet; start_from names trained ones")
-    ties = {"base": " ".join([before, base.spec.adapter_sha256]).strip(), "rows": chosen_rows.training.sha256()}
+    ties = {"base": claims.tie(before, base.spec), "rows": chosen_rows.training.sha256()}
     others = {name: told(other, cfg.drafter) for name, other in besides.items() if other is not None}
     store = stored.of(data, base, heads, chosen_rows, skip_masked=settings.loss.skip_masked)
     ties |= {} if store is None else {"store": str(prepare.content_sha256(data.path))}
     ties |= {f"beside {name}": other["sha256"] for name, other in others.items()}
-    how |= {"seed": cfg.seed, "ties": ties}
+    how |= {"seed": cfg.seed, "ties": ties, "loose": [name for name in ties if how["loose"].lets(name)]}
     _fit(base, heads, chosen_rows, data, run_dir, settings, store, how)
     after = base.weights_sha256()
-    processes.together(lambda: _unchanged(before, after))
+    processes.together(lambda: unchanged(base, before, after, run_dir))
     _record(base, heads)
     if processes.is_first():
-        facts = {"rows": len(chosen_rows.training), "funnel": chosen_rows.funnel, "sha256": ties}
+        known = {"funnel": chosen_rows.funnel, "sha256": ties, "changed": claims.changes(run_dir)}
+        facts = {"rows": len(chosen_rows.training), **known}
         _finish(run_dir, heads, base, prepare.provenance(cfg, **facts), source, others)
         if how["tracker"] is not None:
             read: dict[str, str] = {kind: ties[kind] for kind in ("rows", "store") if kind in ties}
@@ -168,11 +182,6 @@ def _record(base: BaseLM, heads: dict[str, Head]) -> None:
 
     for head in heads.values():
         head.golden = capsule.record(head, base)
-
-
-def _unchanged(before: str, after: str) -> None:
-    if after != before:
-        raise NumericsError("base: its weights changed during training; nothing was exported")
 
 
 def rows_for(
@@ -200,6 +209,8 @@ def rows_for(
     chosen = importing.choose(rows, data, base.spec, held, facts.get("weights"))
     if chosen.funnel["quarantined"]:
         prepare.say(f"warning: {table(chosen.funnel)} as data.long_rows, repeats and loss_on want them")
+    if again := chosen.funnel.get("twins"):
+        prepare.say(f"note: {again:,} rows stand there before; data.repeats=drop leaves out those of equal tokens")
     return chosen
 
 
@@ -330,9 +341,11 @@ def _fit(
         prepare.say(f"rows by weight: {weighed} -> {sum(map(len, first)):,} in the first epoch")
     if steps < FEW_STEPS:
         prepare.say(f"note: {steps} steps teach a head little; more rows, epochs, or a smaller global batch make more")
-    fit.rehearse(base, heads, stream[0].to(base.device))
+    fit.rehearse(base, heads, stream[0].to(base.device), trainer.accumulate)
     _record(base, heads)
-    processes.by_first(lambda: native.rehearse(run_dir, heads))
+    lines = steps // trainer.log_every + 1
+    learned = base.adapter if fit.learns(base) else None
+    processes.by_first(lambda: native.rehearse(run_dir, heads, learned, keep=trainer.keep, lines=lines))
 
     def serve(start: int, stop: int) -> RowsModule:
         more: dict[str, Any] = {"weights_N": weights_N, "measured": rows.validation, "num_workers": data.num_workers}
@@ -357,6 +370,7 @@ def _finish(
     training = {name: facts[name] for name in ("rows", "seed", "identity")}
     if base.adapter is not None:
         base.name_adapter()
+    room.still(run_dir)
     for name, head in heads.items():
         head.spec = base.spec
         head.said = {"training": training, "beside": others.get(name)}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig
 
-from draftsmith import config, evaluate, prepare, tuning
+from draftsmith import config, evaluate, prepare, room, tuning
 from draftsmith.beside import Beside
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.prompts import PromptsConfig, user_turns
@@ -47,6 +47,8 @@ def run(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     settings = config.typed(own, TuneConfig, "tune")
     run_dir = config.run_dir(cfg, "tune")
     folders, of_run = evaluate.heads_of(run_dir, settings.load)
+    for folder in folders.values():
+        room.ready(folder.parent, "run_dir")
     base_config = evaluate.base_of(cfg, folders, of_run)
     chat = config.typed(cfg.chat or (of_run or {}).get("data", {}).get("chat") or {}, ChatConfig, "chat")
     settings.apply()

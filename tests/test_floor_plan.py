@@ -29,9 +29,14 @@ GROUND: dict[str, set[str]] = {
     "eager_losses": set(),
     "shown": set(),
     "losses": {"contracts", "errors", "eager_losses"},
-    "artifacts": {"contracts", "errors"},
+    "faults": set(),
+    "signals": {"errors"},
+    "room": {"artifacts", "errors"},
+    "artifacts": {"contracts", "errors", "faults"},
     "grid": {"shown"},
-    "config": {"contracts", "errors", "artifacts", "grid", "shown"},
+    "guard": {"errors"},
+    "typos": set(),
+    "config": {"contracts", "errors", "artifacts", "grid", "guard", "room", "shown", "signals", "typos"},
 }
 ROOMS = {"base", "heads", "data", "decoding", "training", "exporters", "reporting"}
 ROOF = {p.stem for p in SRC.glob("*.py")} - GROUND.keys() - {"__init__"} | {"serving"}
@@ -39,8 +44,8 @@ ROOF = {p.stem for p in SRC.glob("*.py")} - GROUND.keys() - {"__init__"} | {"ser
 TORCH_ONLY = {"heads", "decoding"}
 # Packages from outside -> the only places that may name them, TYPE_CHECKING included.
 HOMES: dict[str, set[str]] = {
-    "hydra": ROOF | {"config", "grid"},
-    "omegaconf": ROOF | {"config", "grid"},
+    "hydra": ROOF | {"config", "grid", "typos", "guard"},
+    "omegaconf": ROOF | {"config", "grid", "typos"},
     "lightning": ROOF | {"training", "data"},
     "deepspeed": {"training"},
     "wandb": {"training"},
@@ -51,12 +56,12 @@ HOMES: dict[str, set[str]] = {
     "datasets": {"data"},
     "httpx": {"data"},
     "openai": {"data"},
-    "huggingface_hub": {"pushing"},
+    "huggingface_hub": {"pushing", "base"},
     "matplotlib": {"reporting"},
     "vllm": {"serving"},
     "optuna": {"sweep"},
 }
-INSTALLED_AS = {"hydra-core": "hydra", "liger-kernel": "liger_kernel"}  # requirement -> name to import
+INSTALLED_AS = {"hydra-core": "hydra", "PyYAML": "yaml", "liger-kernel": "liger_kernel"}  # -> name to import
 HEAVY = ("transformers", "lightning", "deepspeed", "datasets", "wandb", "peft", "tokenizers", "torchao")
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 

@@ -1,16 +1,23 @@
-"""Reading a model and its tokenizer from a folder or a hub id, with nothing left to chance."""
+"""Reading a model and its tokenizer from a folder or a hub id, with nothing left to chance.
+
+What lies there is somebody else's. Weights are read from safetensors only, code that comes with them runs only where
+trust_remote_code asks for it, and whatever transformers raises at a file that is not what it should be is a DataError.
+"""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
+from draftsmith.artifacts import read_json
 from draftsmith.base.families import paths_of
-from draftsmith.errors import ConfigError, DataError
+from draftsmith.errors import ConfigError, DataError, DraftsmithError
 
 DTYPES = {
     "float32": torch.float32,
@@ -19,6 +26,20 @@ DTYPES = {
     "float64": torch.float64,
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+INDEX, ADAPTER = "model.safetensors.index.json", "adapter_config.json"
+
+# What a file that was written by nobody's `save_pretrained` makes transformers, or a package that it asks, raise.
+REFUSALS = (
+    OSError,
+    ValueError,
+    ImportError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RecursionError,
+    pickle.UnpicklingError,
+    StrictDataclassError,
+)
 
 
 @contextmanager
@@ -48,6 +69,7 @@ def read(
         raise ConfigError(f"base.dtype: '{dtype}' is none of {', '.join(DTYPES)}")
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _loading(path):
+        refuse_files(path, revision)
         config = _config(path, source)
         if blocks is not None:
             config.num_hidden_layers = blocks
@@ -74,8 +96,11 @@ def outline_of(path: str, revision: str | None, trust_remote_code: bool) -> tupl
 
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _loading(path), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(path, source), trust_remote_code=trust_remote_code)
-    with quiet(), suppress(OSError):  # a checkpoint may come without one: then the model's config has the last word
+        config = _config(path, source)
+        # Said here, or the config.json decides: it may name compiled code of a repository.
+        how = {"attn_implementation": paths_of(config).attention, "trust_remote_code": trust_remote_code}
+        model = AutoModelForCausalLM.from_config(config, **how)
+    with _loading(path), suppress(OSError):  # it may come without one: then the model's config has the last word
         model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
     return model, _read_tokenizer(path, source)
 
@@ -88,6 +113,34 @@ def _config(path: str, source: dict[str, Any]) -> Any:
     return config
 
 
+def refuse_files(path: str, revision: str | None) -> None:
+    """DataError for what transformers would follow to elsewhere: shards that are no safetensors of this place (pickles,
+    or paths), and an adapter beside the weights, which names another base to load instead."""
+    if index := found(path, INDEX, revision):
+        told = read_json(index)
+        shards = told.get("weight_map") if isinstance(told, dict) else None
+        for name in sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else [""]:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise DataError(f"base: {path}/{INDEX}: lists {name!r} as weights; only safetensors beside it are read")
+    if found(path, ADAPTER, revision):
+        raise DataError(
+            f"base: {path} holds an adapter ({ADAPTER}), not a base; give the base it was made for, and this folder as"
+            " base.adapter"
+        )
+
+
+def found(path: str, name: str, revision: str | None) -> Path | None:
+    """A file of the folder, or of the hub's repository; None where there is none."""
+    from transformers.utils import cached_file
+
+    if Path(path).is_dir():
+        return Path(path) / name if (Path(path) / name).is_file() else None
+    with suppress(OSError):  # who asks the hub next says what is wrong with it
+        file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return None if file is None else Path(file)
+    return None
+
+
 @contextmanager
 def _loading(path: str) -> Iterator[None]:
     """transformers' refusals as one line that names the base."""
@@ -98,9 +151,9 @@ def _loading(path: str) -> Iterator[None]:
     with quiet():
         try:
             yield
-        except ConfigError:
+        except DraftsmithError:
             raise
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
+        except (*REFUSALS, safetensors.SafetensorError) as error:
             where = path if Path(path).is_dir() else f"{path} (no folder of that name here, so taken as a hub id)"
             raise DataError(f"base: {where} does not load as a causal language model: {_line(error)}") from error
 
@@ -124,8 +177,8 @@ def _read_tokenizer(path: str, source: dict[str, Any]) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(path, **source)
-    except (OSError, ValueError) as error:
-        if not folder.is_dir():
+    except REFUSALS as error:
+        if not folder.is_dir() and isinstance(error, OSError | ValueError):
             return None  # a hub id without a tokenizer: whoever needs one says so
         raise DataError(f"base: the tokenizer in {path} does not load: {_line(error)}") from error
 

@@ -21,6 +21,7 @@ from draftsmith.errors import ConfigError, DataError
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
+IMPORTS = ("megatron_config", "auto_mapping")  # of peft's settings, by which it imports modules by name
 
 
 class Adapter(nn.Module):
@@ -73,10 +74,16 @@ def load(model: nn.Module, folder: Path) -> Adapter:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not (folder / SETTINGS).is_file():
+        raise DataError(f"{folder}: not a LoRA adapter in peft's format: it has no {SETTINGS}")
+    told = artifacts.read_json(folder / SETTINGS)
+    named = [key for key in IMPORTS if told.get(key)] if isinstance(told, dict) else []
+    if named:
+        raise DataError(f"{folder / SETTINGS}: {named[0]} names modules to import; an adapter is read without that")
     try:
         settings = _peft().LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, TypeError, SafetensorError) as e:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as e:
         raise DataError(f"{folder}: not a LoRA adapter in peft's format: {' '.join(str(e).split())}") from None
     adapter = _inject(model, settings)
     wanted = adapter.weights

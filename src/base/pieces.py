@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from draftsmith.base.families import part, paths_of
 from draftsmith.base.lm import BaseLM
-from draftsmith.base.loading import DTYPES, outline_of
+from draftsmith.base.loading import DTYPES, INDEX, found, outline_of, refuse_files
 from draftsmith.base.spec import weights_sha256
 from draftsmith.contracts import Capture
 from draftsmith.errors import ConfigError, DataError
 
 T = TypeVar("T")
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SINGLE = "model.safetensors"
 
 
 class Cutter(Protocol):
@@ -153,16 +153,17 @@ class Stored:
 
     def __init__(self, path: str, revision: str | None) -> None:
         self.path = path
-        index = _find(path, INDEX, revision)
+        refuse_files(path, revision)
+        index = found(path, INDEX, revision)
         if index is not None:
             self.files = json.loads(Path(index).read_text())["weight_map"]
-            found = {name: _find(path, name, revision) for name in sorted(set(self.files.values()))}
+            files = {name: found(path, name, revision) for name in sorted(set(self.files.values()))}
         else:
-            found = {SINGLE: _find(path, SINGLE, revision)}
-        missing = [name for name, file in found.items() if file is None]
+            files = {SINGLE: found(path, SINGLE, revision)}
+        missing = [name for name, file in files.items() if file is None]
         if missing:
             raise DataError(f"base: {path} has no {missing[0]}; zero3 reads safetensors only")
-        self._open = {name: _opened(str(file)) for name, file in found.items()}
+        self._open = {name: _opened(str(file)) for name, file in files.items()}
         if index is None:
             self.files = dict.fromkeys(self._open[SINGLE].keys(), SINGLE)
 
@@ -194,15 +195,3 @@ def _opened(file: str) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as e:
         raise DataError(f"base: {file}: not safetensors ({e})") from None
-
-
-def _find(path: str, name: str, revision: str | None) -> str | None:
-    """A file of the checkpoint: in its folder, or from the hub."""
-    if Path(path).is_dir():
-        file = Path(path) / name
-        return str(file) if file.is_file() else None
-    from transformers.utils import cached_file
-
-    with suppress(OSError):
-        return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return None

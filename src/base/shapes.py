@@ -47,7 +47,8 @@ def _cached(path: str, revision: str | None) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, local_files_only=True).to_dict()
+        how: dict[str, Any] = {"revision": revision, "local_files_only": True, "trust_remote_code": False}
+        return AutoConfig.from_pretrained(path, **how).to_dict()
     except (OSError, ValueError):
         raise ConfigError(
             f"base.shape: the sizes of {path} are not on this machine; choose a yaml of conf/base that has them, or"

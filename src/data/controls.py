@@ -14,6 +14,8 @@ from draftsmith.errors import RowError
 
 TYPED, WRITTEN, PRIVATE = 0xF0000, 0x100000, re.compile("[\U000f0000-\U0010ffff]")  # the private-use planes
 
+BESIDE = "control tokens beside private-use characters; drop the row"
+
 
 class Controls:
     """A tokenizer's control tokens: the special ones, and the added ones that its model has not learned from text,
@@ -46,7 +48,7 @@ class Controls:
         """(the text without typed control tokens, whether there were any)."""
         safe = self.pattern.sub(lambda m: chr(TYPED + self.index[m.group()]), text)
         if safe != text and PRIVATE.search(text):
-            raise RowError(where, "control", "control tokens beside private-use characters; drop the row")
+            raise RowError(where, "control", BESIDE)
         return safe, safe != text
 
     def ids(self, text: str, typed: bool, where: str) -> list[int]:

@@ -67,17 +67,18 @@ class Funnel:
         quarantined = sum(self.reasons.values())
         return {"in": self.taken, "kept": self.taken - quarantined, "quarantined": dict(sorted(self.reasons.items()))}
 
-    def settle(self, on_bad: str) -> None:
-        """DataError if nothing is left, or, with on_bad=error, if anything was refused."""
+    def settle(self, on_bad: str, chosen: Mapping[str, SourceConfig]) -> None:
+        """DataError if nothing is left of the chosen sources, or, with on_bad=error, if anything was refused."""
         refused = sum(self.reasons.values())
         if not self.taken:
-            raise DataError("0 of 0 rows left: the sources are empty")
+            places = ", ".join(source.path or f"hub={source.hub}" for source in chosen.values())
+            raise DataError(f"{places}: 0 of 0 rows left: the sources are empty; give data.path, or one of them, rows")
         if refused and on_bad == "error":
             raise DataError(
                 f"{self.first}; {table(self.facts)}; all that do not fit: {self.path}; mend them, or data.on_bad=skip"
             )
         if refused == self.taken:
-            raise DataError(f"0 of {self.taken} rows left; {table(self.facts)}; see {self.path}")
+            raise DataError(f"0 of {self.taken} rows left; {table(self.facts)}; see {self.path}, and mend them")
 
 
 def table(facts: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from draftsmith import room
 from draftsmith.artifacts import fingerprint
 from draftsmith.data import chat
 from draftsmith.data.chat import ChatConfig
@@ -245,7 +246,10 @@ def answer_shard(shard: Shard, setting: Setting, generate: Generate, told: Calla
         batch = by_length[at : at + setting.generation.batch_size]
         todo = missing & {c.key for c in batch}
         if todo:
-            refused = answer_batch(batch, generate)
+            sizes = f"{len(batch)} chats x up to {len(batch[0].ask() or []) + setting.generation.max_new_tokens} tokens"
+            smaller = room.halved(("data.generation.batch_size", len(batch)), "data.generation.max_new_tokens")
+            with room.memory(f"distill: a batch of {sizes}", smaller):
+                refused = answer_batch(batch, generate)
             for c in batch:
                 if c.key in todo:
                     shard.refuse(c.key, refused[c.key]) if c.key in refused else shard.settle(c.key, c.rows())

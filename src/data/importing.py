@@ -52,7 +52,7 @@ def import_rows(
             for number, some in enumerate(shards(_encoded(intake(sources, funnel), config, base, funnel))):
                 write_shard(temporary / shard_name(number), to_table(some))
             funnel.flush()
-            funnel.settle(config.on_bad)
+            funnel.settle(config.on_bad, sources)
             told.update(funnel.facts)
             (temporary / QUARANTINE).write_bytes(funnel.path.read_bytes())
     funnel.path.unlink()
@@ -150,17 +150,20 @@ def choose(
     held: the rows of validation.path. weights: of the rows' parts, where the configuration names none. DataError if
     no row with a token to learn from is left, or if a question of the validation rows is trained on.
     """
-    taken, reasons = len(rows), Counter[str]()
+    taken, reasons, first = len(rows), Counter[str](), next(iter(rows), None)
     rows = _fitted(rows, config, spec, reasons)
     measured = _fitted(held, config, spec, Counter()) if held is not None else None
     if not len(rows):
         funnel = {"in": taken, "kept": 0, "quarantined": dict(reasons)}
         raise DataError(
-            f"no row left with a token to learn from (0 of {taken} rows left: {table(funnel)});"
-            " see data.long_rows and data.loss_on"
+            f"{first.source or first.id if first else config.path}: no row left with a token to learn from (0 of"
+            f" {taken} rows left: {table(funnel)}); see data.long_rows and data.loss_on"
         )
     if measured is not None and not len(measured):
-        raise DataError(f"data.validation.path: no row left with a token to measure (0 of {len(held or ())} rows left)")
+        raise DataError(
+            f"{config.validation.path}: data.validation.path: no row left with a token to measure (0 of"
+            f" {len(held or ())} rows left); see data.long_rows and data.loss_on"
+        )
     asked = np.array(rows.text("asked"), dtype=object)
     if measured is None:
         aside_N = np.array([_bucket(a, i) < config.validation.share for i, a in enumerate(asked)], dtype=bool)
@@ -180,7 +183,14 @@ def choose(
     named = {**(weights or {}), **{name: source.weight for name, source in config.chosen.items()}}
     weights_N = np.array([named.get(part, 1.0) for part in rows.text("part")])
     funnel = {"in": taken, "kept": len(rows), "validation": len(measured), "quarantined": dict(reasons)}
+    if again := twins(rows):
+        funnel["twins"] = again
     return Chosen(rows, measured, weights_N, funnel)
+
+
+def twins(rows: Rows) -> int:
+    """How many rows are those of a conversation that an earlier one equals: their ids count them, `<hash>-1`."""
+    return sum(name.partition("/")[0].rpartition("-")[2] not in ("", "0") for name in rows.text("id") if "-" in name)
 
 
 def _bucket(asked: str, i: int) -> float:

@@ -27,8 +27,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from draftsmith import artifacts
-from draftsmith.data.records import Record
+from draftsmith import artifacts, faults
+from draftsmith.data.records import Record, check_messages
 from draftsmith.data.rows import Row, shard_name, to_table, write_shard
 from draftsmith.errors import ConfigError, DataError, RowError
 
@@ -70,16 +70,38 @@ def publish_asked(out: Path, records: Iterable[Record], quarantine: Path | None,
 
 def read_asked(out: Path) -> list[Item]:
     """The records of a job, in their order."""
-    facts = artifacts.verify(out / ASKED)
-    assert RECORDS in facts["files"]
+    folder = out / ASKED
+    cure = f"delete {out}; the same draftsmith distill … out={out} makes it again"
+    if RECORDS not in artifacts.verify(folder, cure=cure)["files"]:
+        raise DataError(f"{folder / artifacts.MANIFEST}: does not list {RECORDS}; it is damaged; {cure}")
     items = []
-    with open(out / ASKED / RECORDS) as f:
-        for line in f:
-            value = json.loads(line)
-            key = value.pop("key")
-            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-            items.append((key, Record(**fields)))
+    for number, line in enumerate((folder / RECORDS).read_bytes().splitlines(), start=1):
+        try:
+            items.append(_item(json.loads(line)))
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as e:
+            where = f"{folder / RECORDS}:{number}"
+            raise DataError(f"{where}: no record of draftsmith's ({type(e).__name__}: {e}); {cure}") from None
     return items
+
+
+def _item(value: dict[str, Any]) -> Item:
+    """What `publish_asked` wrote in a line; any of many errors for what it never writes."""
+    key = value.pop("key")
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+    record = Record(**fields)
+    lists = (record.messages, record.ids, record.mask, record.tools, record.later)
+    if not all(isinstance(several, tuple) for several in lists):
+        raise TypeError("a list is due")
+    texts = (key, record.where, record.text, record.prompt, record.completion or "", record.source, record.category)
+    if not all(isinstance(text, str) for text in (*texts, *record.later)):
+        raise TypeError("a text is due")
+    if not all(type(i) is int for i in (*record.ids, *record.mask)):
+        raise TypeError("numbers are due")
+    if record.messages:
+        check_messages(record.messages, record.where)
+    if not all(isinstance(group, dict) for group in (record.kept, *record.tools)):
+        raise TypeError("an object is due")
+    return key, record
 
 
 def _plain(record: Record) -> dict[str, Any]:
@@ -136,7 +158,7 @@ class Shard:
     def _locked(self) -> Any:
         """The journal, open and this shard's alone until it is closed."""
         while True:
-            self.journal.parent.mkdir(parents=True, exist_ok=True)
+            self.journal.parent.mkdir(exist_ok=True)  # in a folder that is there: one that was removed stays away
             # unbuffered: a buffer that the disk refused would be written again on closing
             file = open(self.journal, "ab+", buffering=0)  # noqa: SIM115 (closed by publish or close)
             try:
@@ -176,10 +198,13 @@ class Shard:
         refused = [self.refused[key] for key, _ in self.items if key in self.refused]
         listed = self.out / "refused" / f"{self.number:05d}.jsonl"
         with artifacts.disk(listed, "a shard"):
-            listed.parent.mkdir(parents=True, exist_ok=True)
+            listed.parent.mkdir(exist_ok=True)
             write_lines(listed, refused)
+        faults.point("shard.refused")
         write_shard(self.path, to_table([row for key, _ in self.items for row in self.rows.get(key, [])]))
+        faults.point("shard.named")
         self.discard()
+        faults.point("shard.published")
 
     def discard(self) -> None:
         """Closes the journal and removes it, in an order that leaves nobody else with a file without a name."""
@@ -196,6 +221,7 @@ class Shard:
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        faults.point("row.answered")
         with artifacts.disk(self.journal, "the journal"):
             try:
                 if self._file.write(line) < len(line):
@@ -205,6 +231,7 @@ class Shard:
                     self._file.truncate(self._whole)
                 raise
         self._whole += len(line)
+        faults.point("row.written")
         readable = self._remember(line)
         assert readable
 
@@ -215,7 +242,7 @@ class Shard:
                 self.refused[entry["key"]] = {"key": entry["key"], **entry["refused"]}
             else:
                 self.rows[entry["key"]] = [Row(**row) for row in entry["rows"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError, KeyError, TypeError):
             return False
         self._left.discard(entry["key"])
         return True
@@ -257,10 +284,7 @@ class Job:
 
     def _bound(self) -> dict[str, str]:
         path = self.out / SERVED
-        bound = artifacts.read_json(path) if path.exists() else {}
-        if not isinstance(bound, dict):
-            raise DataError(f"{path}: is no JSON object; it is damaged")
-        return bound
+        return artifacts.read_object(path) if path.exists() else {}
 
     def fail(self, key: str, why: str) -> None:
         """`key` got no answer this time; its shard stays open for the next run."""
@@ -298,10 +322,7 @@ class Job:
             if bound := self._bound():
                 facts["served"] = bound
             artifacts.seal(self.out, names, kind="rows", funnel=funnel, **counts, **facts)
-        for litter in ("journal", "refused"):
-            shutil.rmtree(self.out / litter, ignore_errors=True)
-        for path in self.out.glob("failed-*.jsonl"):
-            path.unlink(missing_ok=True)
+        tidy(self.out)
         return True
 
     def _checked(self, refused: set[str]) -> tuple[int, dict[str, Any]]:
@@ -326,6 +347,15 @@ class Job:
                 f" {len(conversations & refused)} both out and refused; the folder was changed by someone else"
             )
         return len(conversations), {"rows": len(found), "tokens": tokens, "learned": learned}
+
+
+def tidy(out: Path) -> None:
+    """Takes away what a complete folder needs no more; a process that was killed in the midst of it leaves some."""
+    for litter in ("journal", "refused"):
+        shutil.rmtree(out / litter, ignore_errors=True)
+    for path in out.glob("failed-*.jsonl"):
+        path.unlink(missing_ok=True)
+    artifacts.reclaim(out)
 
 
 def write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftsmith import artifacts
+from draftsmith import artifacts, room
 from draftsmith.contracts import BaseSpec, BaseView, Needs
-from draftsmith.data.rows import Row, Rows, to_table, write_shard
+from draftsmith.data.rows import Row, Rows, to_table, verified, write_shard
 from draftsmith.errors import ConfigError, DataError, NumericsError
 from draftsmith.growth import draw
 
@@ -134,7 +134,10 @@ def acceptance(base: BaseView, companion: BaseView, rows: Sequence[Row], config:
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))  # equal lengths side by side: little padding
     for first in range(0, len(order), config.batch_size):
         some = order[first : first + config.batch_size]
-        made.update(zip(some, _accept_batch(base, companion, [rows[i] for i in some], config), strict=True))
+        sizes = f"{len(some)} rows x {len(rows[some[0]].ids)} tokens"
+        smaller = room.halved(("labels.batch_size", len(some)), "the rows' length")
+        with room.memory(f"label: a batch of {sizes}", smaller):
+            made.update(zip(some, _accept_batch(base, companion, [rows[i] for i in some], config), strict=True))
     out = [made[i] for i in range(len(rows))]
     extra = {
         "accept": (pa.large_list(pa.float32()), [accept_T for _, accept_T in out]),
@@ -213,7 +216,9 @@ def claim(out: Path, plan: Mapping[str, Mapping[str, Any]], what: str = "labels"
             raise ConfigError(f"out: {out} holds something else than {what}; choose another folder")
         artifacts.write_json(path, plan)
         return
-    theirs = artifacts.read_json(path)
+    theirs = artifacts.read_object(path)
+    if not all(isinstance(part, dict) for part in theirs.values()):
+        raise DataError(f"{path}: tells no plan of ours; it is damaged: delete {out} and start again")
     both = [
         (f"{part}.{key}", theirs.get(part, {}).get(key), value) for part in plan for key, value in plan[part].items()
     ]
@@ -241,10 +246,9 @@ def label_folder(
     claim(out, plan)
     if artifacts.is_complete(out):
         say(f"{out}: already complete")
-        return artifacts.verify(out)
-    names = sorted(name for name in artifacts.verify(rows)["files"] if name.startswith("rows-"))
-    for litter in out.glob(".*.tmp"):  # of a killed writer; there is one writer at a time
-        litter.unlink()
+        return verified(out)
+    names = sorted(name for name in verified(rows)["files"] if name.startswith("rows-"))
+    artifacts.reclaim(out)
     for n, name in enumerate(names):
         if not (out / name).is_file():
             write_shard(out / name, make(Rows(pq.read_table(rows / name))))

@@ -8,6 +8,7 @@ follows from its number alone, so that resuming is starting at another number; n
 from __future__ import annotations
 
 import bisect
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from draftsmith import signals
 from draftsmith.contracts import Batch
 from draftsmith.data.pack import best_fit, collate, epoch_packs
 from draftsmith.data.rows import Row, Rows
@@ -176,6 +178,12 @@ class RowsModule(L.LightningDataModule):
         rank, world = self._place()
         return Steps(self.rows, rank=rank, world=world, **self.shape)
 
+    def ids_of(self, step: int) -> list[str]:
+        """The rows of a global step, 0-based, of all processes: each by its place in its source and its id."""
+        steps = self.steps()
+        rows = [steps.rows[n] for pack in steps.packs_of_step(0 if steps.one_batch else step) for n in pack]
+        return [f"{row.source} {row.id}".strip() for row in rows]
+
     def validation(self) -> Iterator[Batch]:
         """The rows that are measured and never learned: this process's micro-batches, with the counts of all of
         them. Every process has equally many, the last ones perhaps empty."""
@@ -195,12 +203,19 @@ class RowsModule(L.LightningDataModule):
             batch_size=None,
             sampler=range(self.start * a, self.stop * a),
             num_workers=self.num_workers,
+            worker_init_fn=_deaf,
             collate_fn=_whole,
             generator=torch.Generator(),  # else it would draw a seed from the caller's
         )
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
+
+
+def _deaf(worker: int) -> None:
+    """A signal that everybody gets, as from a terminal, is the main process's to answer, which tells its workers."""
+    for number in signals.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _whole(batch: Any) -> Any:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 APIS = ("auto", "completions", "chat")
 PATHS = {"auto": "/completions", "completions": "/completions", "chat": "/chat/completions"}
 SAID = 200  # characters kept of what a server says
+LARGEST = 2**31  # no vocabulary has so many ids
 ENDED = ("stop", "eos_token")  # finish_reason of an answer that ended itself; the second is TGI's
 
 
@@ -153,7 +154,7 @@ def read_answer(body: Any, asked: list[int], setting: Setting, where: str) -> An
     if ids is None:
         ids = _cut_again(text, finish == "stop", counted, setting, where)
     else:
-        if not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids):
+        if not isinstance(ids, list) or any(type(i) is not int or not 0 <= i < LARGEST for i in ids):
             raise NonsenseError("ids", "its token_ids are no ids")
         if len(ids) < (counted or bool(text)):
             raise NonsenseError("ids", f"{len(ids)} token ids where it counts {counted or 'some'}")

@@ -50,7 +50,7 @@ def _exchange(batch: _Batch, folder: Path) -> Path | None:
     number = 0
     while (folder / _name(number, "out")).exists():
         if not (folder / _name(number, "in")).exists():
-            raise DataError(f"{folder / _name(number, 'out')}: answers to a round that was never asked")
+            raise DataError(f"{folder / _name(number, 'out')}: answers to a round that was never asked; take it away")
         batch.take(folder / _name(number, "in"), folder / _name(number, "out"))
         number += 1
     batch.settle()
@@ -97,11 +97,15 @@ class _Batch:
 
     def take(self, asked: Path, answered: Path) -> None:
         """Replays one round. What the file says of rows that are settled already is passed over."""
-        wanted = {line["custom_id"] for line in _lines(asked)}
-        found = {line["custom_id"]: line for line in _lines(answered) if isinstance(line.get("custom_id"), str)}
-        known = wanted & found.keys()
+        wanted, found = (
+            {line["custom_id"]: line for line in _lines(side) if isinstance(line.get("custom_id"), str)}
+            for side in (asked, answered)
+        )
+        known = wanted.keys() & found.keys()
         if found and not known:
-            raise DataError(f"{answered}: none of its custom_ids was asked in {asked.name}; it answers another file")
+            raise DataError(
+                f"{answered}: none of its custom_ids was asked in {asked.name}; it answers another file: take it away"
+            )
         refusals: dict[str, RowError] = {}
         for name in sorted(known):
             key, _, turn = name.rpartition("#")
@@ -114,7 +118,7 @@ class _Batch:
                 refusals[key] = why
             except (NonsenseError, _FailedError) as why:
                 self._failed(key, self._said(str(why)))
-        for name in wanted - known:
+        for name in wanted.keys() - known:
             self._failed(name.rpartition("#")[0], "the batch holds no answer")
         if refusals and not self.heard:
             first = next(iter(refusals.values()))
@@ -200,7 +204,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n"):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             yield value

@@ -7,7 +7,6 @@ alone, so nobody's cache decides what is read.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import os
@@ -77,7 +76,6 @@ def write_shard(path: Path, table: pa.Table) -> None:
     import pyarrow.parquet as pq
 
     with artifacts.disk(path, path.name):
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             pq.write_table(table, temporary, compression="zstd")
@@ -221,15 +219,29 @@ def verified(folder: Path, spec: BaseSpec | None = None) -> dict[str, Any]:
     and, with a spec, that the ids are this base's."""
     if (folder / "asked").is_dir() and not artifacts.is_complete(folder):
         raise DataError(f"{folder}: its rows are not complete; start that draftsmith distill again first")
-    facts = artifacts.verify(folder)
+    facts = artifacts.verify(folder, cure=_cure(folder))
     if facts.get("kind") not in ("rows", "labels"):
         raise DataError(f"{folder}: holds {facts.get('kind') or 'something else'}, not rows")
+    for name in ("base", "weights"):
+        if not isinstance(facts.get(name, {}), dict):
+            raise DataError(f"{folder / artifacts.MANIFEST}: {name} is no JSON object; it is damaged; {_cure(folder)}")
     stray = sorted(p.name for p in folder.glob("rows-*.parquet") if p.name not in facts["files"])
     if stray:
         raise DataError(f"{folder}: {stray[0]} is not in manifest.json; take it away or distil again")
     if spec is not None:
         check_origin(facts, spec, folder)
     return facts
+
+
+def _cure(folder: Path) -> str:
+    """What makes a damaged folder of rows or labels whole again."""
+    if (folder / "plan.json").is_file():
+        return f"delete it and {artifacts.MANIFEST}; the same draftsmith label … out={folder} makes it again"
+    if folder.name == "rows" and (store := folder.parent / "plan.json").is_file():
+        again = f"the same draftsmith capture … out={store.parent} makes it again"
+        return f"delete it and every {artifacts.MANIFEST} there; {again}"
+    made = f"the same draftsmith distill … out={folder}" if (folder / "asked").is_dir() else "the same command"
+    return f"delete {folder}; {made} makes it again"
 
 
 def read_table(folder: Path, spec: BaseSpec | None = None) -> tuple[pa.Table, dict[str, Any]]:
@@ -240,32 +252,56 @@ def read_table(folder: Path, spec: BaseSpec | None = None) -> tuple[pa.Table, di
     facts = verified(folder, spec)
     shards = sorted(name for name in facts["files"] if name.startswith("rows-") and name.endswith(".parquet"))
     if not shards:
-        raise DataError(f"{folder}: 0 rows in it")
-    with _named(folder):
-        return pa.concat_tables([pq.read_table(folder / name) for name in shards]), facts
+        raise DataError(f"{folder}: 0 rows in it; {_cure(folder)}")
+    tables = []
+    for name in shards:
+        try:
+            tables.append(pq.read_table(folder / name))
+            tables[-1].validate(full=True)  # what Parquet lets pass: texts that are no UTF-8
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+            told = " ".join(str(e).split())
+            raise DataError(f"{folder / name}: not parquet that we wrote ({told}); {_cure(folder)}") from None
+        if (wrong := _unlike_ours(tables[-1])) or tables[-1].schema.names != tables[0].schema.names:
+            raise DataError(f"{folder / name}: {wrong or f'other columns than {shards[0]}'}; {_cure(folder)}")
+    return pa.concat_tables(tables), facts
+
+
+def _unlike_ours(table: pa.Table) -> str:
+    """What of a table is not as `to_table` makes it; nothing, if it is."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    wanted = {**dict.fromkeys(TEXTS, pa.string()), "seed": pa.int64()}
+    listed = {"ids": pa.int32(), "mask": pa.uint8(), "accept": pa.float32()}
+    wanted |= {name: pa.large_list(of) for name, of in listed.items()}
+    if missing := sorted({*wanted} - {"accept"} - {*table.column_names}):
+        return f"its rows have no column {', '.join(missing)}"
+    for name in (name for name in wanted if name in table.column_names):
+        if table[name].type != wanted[name]:
+            return f"column {name} is {table[name].type}, not {wanted[name]}"
+    for name in (name for name in listed if name in table.column_names):
+        if table[name].null_count or pc.list_flatten(table[name]).null_count:
+            return f"column {name} has rows without a value"
+        if not pc.all(pc.equal(*(pc.list_value_length(table[of]) for of in ("ids", name)))).as_py():
+            return f"column {name} has not one value per id"
+    if (pc.max(pc.list_flatten(table["mask"])).as_py() or 0) > 1:
+        return "column mask holds other numbers than 0 and 1"
+    return ""
 
 
 def read_folder(folder: Path, spec: BaseSpec | None = None) -> tuple[Rows, dict[str, Any]]:
     """The rows of a folder and its manifest. DataError for damage, another base's ids, or ids outside the
     vocabulary."""
     table, facts = read_table(folder, spec)
-    missing = sorted({*TEXTS, "ids", "mask", "seed"} - set(table.column_names))
-    if missing:
-        raise DataError(f"{folder}: its rows have no column {', '.join(missing)}")
     rows = Rows(table)
     if spec is not None and rows.ids.size and not 0 <= rows.ids.min() <= rows.ids.max() < spec.vocab_size:
-        raise DataError(f"{folder}: token ids outside the base's vocabulary of {spec.vocab_size}")
+        wrong = int(np.flatnonzero((rows.ids < 0) | (rows.ids >= spec.vocab_size))[0])
+        at = rows[int(np.searchsorted(rows.ends_N, wrong, "right"))]
+        raise DataError(
+            f"{folder}: {at.source or at.id}: token id {rows.ids[wrong]} is outside the base's vocabulary of"
+            f" {spec.vocab_size}; {_cure(folder)}"
+        )
     return rows, facts
-
-
-@contextlib.contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    import pyarrow as pa
-
-    try:
-        yield
-    except pa.ArrowInvalid as e:
-        raise DataError(f"{folder}: not parquet that we wrote ({e})") from None
 
 
 def check_origin(facts: Mapping[str, Any], spec: BaseSpec, path: Path) -> None:

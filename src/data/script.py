@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.ext import Extension
 
-from draftsmith.data.controls import controls, decode
+from draftsmith.data.controls import BESIDE, PRIVATE, controls, decode
 from draftsmith.data.records import Message
 from draftsmith.errors import ConfigError, DataError, RowError
 
@@ -79,6 +79,7 @@ class Script:
             raise ConfigError("data.chat.thinking: this template can think; say true or false")
         self.values = {**tokenizer.special_tokens_map, **dict.fromkeys(self.facts.switches, chat.thinking)}
         self.controls = controls(tokenizer, self.template)
+        self.private = False  # whether somebody typed characters that stand for control tokens here
         self.typed = False  # whether somebody typed a control token; faked: and it becomes one
         self.messages, self.tools = self.original, list(tools) or None
         self.thinks = chat.thinking is not False and "</think>" in self.template
@@ -88,6 +89,8 @@ class Script:
         if chat.control_tokens:
             self.typed = False
         else:
+            if self.typed and self.private:  # in one text or in two: whose is whose nobody could tell afterwards
+                raise RowError(where, "control", BESIDE)
             self.messages, self.tools = safe, safe_tools or None
 
     def render(self, messages: Sequence[Message], *, opened: bool = False) -> tuple[str, list[tuple[int, int]]]:
@@ -150,6 +153,7 @@ class Script:
         if isinstance(value, str):
             safe, typed = self.controls.protect(value, self.where)
             self.typed |= typed
+            self.private |= PRIVATE.search(value) is not None
             return safe
         if isinstance(value, Mapping):
             return {self._protect(k): self._protect(v) for k, v in value.items()}
@@ -158,10 +162,11 @@ class Script:
 
 @contextlib.contextmanager
 def _named(where: str) -> Iterator[None]:
-    """A template may refuse a chat (Gemma's has no system role): that is the row's fault, and named."""
+    """A template may refuse a chat (Gemma's has no system role): that is the row's fault, and named. It is somebody
+    else's program, too, which fails as programs do, or wants what its sandbox keeps from it."""
     try:
         yield
-    except (TemplateError, TypeError) as e:
+    except (TemplateError, TypeError, ArithmeticError, LookupError, AttributeError, ValueError, RecursionError) as e:
         raise RowError(where, "template", f"the chat template refuses it ({e})") from None
 
 

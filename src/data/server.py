@@ -12,14 +12,13 @@ tokenizer or an unknown parameter would otherwise refuse them all. Such rows cou
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from draftsmith import signals
 from draftsmith.data.breaker import Breaker, backoff, meaning, retry_after
 from draftsmith.data.generate import Conversation, Setting
 from draftsmith.data.journal import Item, Job, Shard
@@ -40,7 +39,6 @@ from draftsmith.errors import ConfigError, DataError, Interrupted, PeerError, Ro
 
 __all__ = ["ServerConfig", "answer_job"]
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CONNECT = 10.0  # seconds for a connection; a machine that is gone does not refuse, it is silent
 PROBE = 10.0  # seconds for GET /models
 TICK = 0.05  # seconds between looks at what may be sent
@@ -163,7 +161,7 @@ class _Run:
         stopped = asyncio.Event()
         tasks: list[asyncio.Task[None]] = []
         try:
-            with _signals(stopped):
+            with signals.in_loop(stopped.set):
                 waiting = asyncio.create_task(stopped.wait())
                 tasks = [asyncio.create_task(self._all())]
                 await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -379,20 +377,3 @@ class _Run:
                 return min(free, key=lambda s: s.busy)
             await asyncio.sleep(TICK * (0.5 + random.random()))
         raise _FailedError(self.gave_up)
-
-
-@contextlib.contextmanager
-def _signals(stopped: asyncio.Event) -> Iterator[None]:
-    """Sets `stopped` on a signal; what handled signals before does so again afterwards."""
-    loop, before = asyncio.get_running_loop(), {}
-    for number in SIGNALS:
-        with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread, or Windows
-            handler = signal.getsignal(number)
-            loop.add_signal_handler(number, stopped.set)
-            before[number] = handler or signal.SIG_DFL
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)

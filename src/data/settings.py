@@ -81,9 +81,9 @@ class DataConfig:
         ):
             if value not in choices:
                 raise ConfigError(f"{name}='{value}': choose one of {', '.join(choices)}")
-        for name in ("length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: give at least 1")
+        for name, least in (("length", 1), ("batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)}: give at least {least}")
 
     @property
     def chosen(self) -> Mapping[str, SourceConfig]:

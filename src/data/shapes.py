@@ -164,12 +164,19 @@ def _tokens(value: dict[str, Any], where: str) -> Record:
         mask = [int(label != IGNORED) for label in labels]
     if not isinstance(mask, list) or len(mask) != len(ids) or not all(m in (0, 1) for m in mask):
         raise RowError(where, "types", f"mask: give one 0 or 1 per id ({len(ids)})")
-    return Record(where, ids=tuple(ids), mask=tuple(int(m) for m in mask), kept=_kept(value))
+    return Record(where, ids=tuple(ids), mask=tuple(int(m) for m in mask), kept=_kept(value, where))
 
 
-def _kept(value: dict[str, Any]) -> dict[str, Any]:
+def _kept(value: dict[str, Any], where: str) -> dict[str, Any]:
     """What a row of ours says of itself, which its ids alone do not."""
     texts = {k: value[k] for k in ("asked", "said", "source", "finish") if isinstance(value.get(k), str) and value[k]}
+    if "asked" in texts and "said" in texts:
+        try:
+            told = json.loads(texts["said"])
+        except (ValueError, RecursionError):
+            told = None
+        if not isinstance(told, dict):
+            raise RowError(where, "types", "said: not the JSON of an object, as rows of draftsmith's keep it")
     seed = value.get("seed")
     return {**texts, "seed": seed} if texts.get("asked") and type(seed) is int else texts if "asked" in texts else {}
 

@@ -74,15 +74,33 @@ def check(source: SourceConfig, *, labels: bool = False) -> None:
 
 
 def published_as(folder: Path) -> str | None:
-    """What a folder that we published holds; None for anybody else's."""
-    if not (folder / MANIFEST).is_file():
-        return None
+    """What a folder that we published holds; None for anybody else's. DataError where shards of ours lie without a
+    manifest that can be read: nobody knows any more whether they are whole, or whose ids they hold."""
+    path = folder / MANIFEST
     try:
-        facts = json.loads((folder / MANIFEST).read_bytes())
-    except ValueError:
-        return None
-    ours = isinstance(facts, dict) and isinstance(facts.get("files"), dict)
-    return str(facts["kind"]) if ours and "kind" in facts else None
+        facts = json.loads(path.read_bytes()) if path.is_file() else None
+    except (ValueError, RecursionError):
+        facts = None
+    if isinstance(facts, dict) and isinstance(facts.get("files"), dict):
+        return str(facts["kind"]) if "kind" in facts else None
+    if not (folder / "asked").is_dir() and _holds_shards(folder):
+        state = "damaged" if path.is_file() else "missing"
+        raise DataError(f"{path}: {state}, beside shards of draftsmith's; copy the whole folder, or make it again")
+    return None
+
+
+def _holds_shards(folder: Path) -> bool:
+    """Whether the first shard here has the columns that our rows have."""
+    first = next(iter(sorted(folder.glob("rows-[0-9][0-9][0-9][0-9][0-9].parquet"))), None)
+    if first is None:
+        return False
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return {"id", "ids", "mask", "asked", "said", "finish"} <= set(pq.read_schema(first).names)
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def files(path: str, split: str = "train") -> list[Path]:
@@ -94,7 +112,7 @@ def files(path: str, split: str = "train") -> list[Path]:
     some = [found] if found.is_file() else [Path(p) for p in sorted(glob.glob(path, recursive=True))]
     some = [p for p in some if p.is_file()]
     if not some:
-        raise DataError(f"{path}: no such file or folder, and no file matches it")
+        raise DataError(f"{path}: no such file or folder, and no file matches it; give one that is there")
     for p in some:
         if _reader(p) is None:
             raise DataError(f"{p}: unknown kind of file; sources are {SUFFIXES}")
@@ -109,11 +127,14 @@ def _of_folder(folder: Path, split: str) -> list[Path]:
         return _of_folder(folder / split, split)
     if (folder / "state.json").is_file():  # it also leaves cache-….arrow files beside the data
         try:
-            return [folder / f["filename"] for f in json.loads((folder / "state.json").read_bytes())["_data_files"]]
-        except (ValueError, KeyError, TypeError) as e:
+            names = [f["filename"] for f in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise DataError(f"{folder / 'state.json'}: does not list the data's files ({e!r})") from None
+        if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise DataError(f"{folder / 'state.json'}: lists {strange[0]!r}, which is no file of this folder")
+        return [folder / name for name in names]
     there = sorted(p for p in folder.rglob("*") if _visible(p.relative_to(folder)) and p.is_file())
-    ours = {p.parent for p in there if p.name == MANIFEST and published_as(p.parent) == "rows"}
+    ours = {own for own in {p.parent for p in there} if published_as(own) == "rows"}
     shards = {shard for own in ours for shard in own.glob("rows-*.parquet")}
     there = [p for p in there if p in shards or not ours.intersection(p.parents)]
     kinds = {kind: [p for p in there if p.name.lower().endswith(ends)] for kind, ends in KINDS.items()}
@@ -180,7 +201,7 @@ def json_lines(path: Path) -> Iterator[Raw]:
     opened: IO[bytes] = gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")  # type: ignore[assignment]  # noqa: SIM115
     with opened as f:
         number = 0
-        while raw := _line(f, path, LONGEST + 1):
+        while raw := _read_line(f, path, LONGEST + 1):
             number += 1
             where = f"{path}:{number}"
             if len(raw) > LONGEST:
@@ -190,16 +211,20 @@ def json_lines(path: Path) -> Iterator[Raw]:
                 yield where, _parsed(raw, where, first=number == 1, torn=not raw.endswith(b"\n"))
 
 
-def _line(f: IO[bytes], path: Path, longest: int) -> bytes:
+def _read_line(f: IO[bytes], path: Path, longest: int) -> bytes:
     try:
         return f.readline(longest)
     except (EOFError, OSError, zlib.error) as e:
-        raise DataError(f"{path}: cannot be read, or damaged ({e})") from None
+        raise DataError(f"{path}: cannot be read, or damaged ({_line(e)}); copy or write it again") from None
+
+
+def _line(e: Exception) -> str:
+    return " ".join(str(e).split())
 
 
 def _rest_of_line(f: IO[bytes], path: Path) -> int:
     size = 0
-    while more := _line(f, path, CHUNK):
+    while more := _read_line(f, path, CHUNK):
         size += len(more)
         if more.endswith(b"\n"):
             break
@@ -208,7 +233,7 @@ def _rest_of_line(f: IO[bytes], path: Path) -> int:
 
 def _parsed(raw: bytes, where: str, *, first: bool, torn: bool) -> dict[str, Any] | RowError:
     try:
-        value = json.loads(raw.decode("utf-8-sig" if first else "utf-8"))
+        value = _loaded(raw.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as e:
         return RowError(where, "encoding", f"not UTF-8 ({e.reason} at byte {e.start})")
     except json.JSONDecodeError as e:
@@ -216,10 +241,23 @@ def _parsed(raw: bytes, where: str, *, first: bool, torn: bool) -> dict[str, Any
         told = e.msg.removesuffix(" at")
         return RowError(where, "json", f"not JSON ({told} at column {e.colno}{cut}); mend or delete the line")
     except ValueError as e:  # a number of thousands of digits
-        return RowError(where, "json", f"not JSON that can be read ({e})")
+        return RowError(where, "json", f"not JSON that can be read ({e}); mend or delete the line")
     except RecursionError:
         return RowError(where, "json", "not JSON that anyone wrote (nested too deeply)")
     return _object(value, where)
+
+
+def _loaded(text: str) -> Any:
+    """JSON in which no key of an object stands twice: which of its values is meant would be a guess."""
+    return json.loads(text, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in (k for k, _ in pairs[:i]))
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return made
 
 
 def _object(value: Any, where: str) -> dict[str, Any] | RowError:
@@ -245,7 +283,7 @@ def _json(path: Path) -> Iterator[Raw]:
         yield from json_lines(path)
         return
     try:
-        values = json.loads(path.read_text("utf-8-sig"))
+        values = _loaded(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as e:
         yield f"{path}:1", RowError(f"{path}:1", "json", f"not a whole JSON array ({e})")
         return
@@ -258,10 +296,16 @@ def _parquet(path: Path) -> Iterator[Raw]:
     import pyarrow.parquet as pq
 
     try:
-        batches = pq.ParquetFile(path).iter_batches(batch_size=1024)
+        opened = pq.ParquetFile(path)
+        for n in range(opened.num_row_groups):
+            group = opened.metadata.row_group(n)
+            if group.total_byte_size > LONGEST * max(1, group.num_rows):
+                told = f"its {group.num_rows} rows unpack to {group.total_byte_size:,} bytes"
+                raise DataError(f"{path}: row group {n}: {told}; more than {LONGEST:,} is no row")
+        batches = opened.iter_batches(batch_size=1024)
         yield from _numbered(path, (_dense(row) for batch in batches for row in batch.to_pylist()))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: not Parquet, or damaged ({e})") from None
+        raise DataError(f"{path}: not Parquet, or damaged ({_line(e)}); copy or write it again") from None
 
 
 def _arrow(path: Path) -> Iterator[Raw]:
@@ -278,7 +322,7 @@ def _arrow(path: Path) -> Iterator[Raw]:
                 batches = iter(pa.ipc.open_stream(f))
             yield from _numbered(path, (_dense(row) for batch in batches for row in batch.to_pylist()))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: not Arrow, or damaged ({e})") from None
+        raise DataError(f"{path}: not Arrow, or damaged ({_line(e)}); copy or write it again") from None
 
 
 def _dense(value: Any) -> Any:

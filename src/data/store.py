@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from draftsmith import artifacts
+from draftsmith import artifacts, config
 from draftsmith.artifacts import fingerprint
 from draftsmith.contracts import BaseSpec, BaseView, Capture, Needs
 from draftsmith.data.rows import Rows, read_folder
@@ -42,6 +42,7 @@ CHECKED = 8  # rows that are computed again when a training starts
 # about 1.
 TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
 ROUGH = 0.05  # bf16, fp16
+LARGE = 2**31  # no count in a plan is
 BLOCK = 8192  # rows whose positions are counted at a time
 IDS, LOGITS = "likeliest.ids", "likeliest.logits"
 
@@ -164,7 +165,7 @@ def mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118 (no mapping)
-    except SafetensorError as e:
+    except (SafetensorError, OSError) as e:
         raise DataError(f"{path}: no safetensors file that draftsmith capture wrote ({e}); capture again") from None
 
 
@@ -245,19 +246,22 @@ class Store:
 def open_store(folder: Path, base: Mapping[str, Any], spec: BaseSpec, dtype: torch.dtype) -> Store:
     """The store of a folder, undamaged and whole, of this base (labels.identity). DataError names what is wrong, and
     the shard."""
-    plan = artifacts.read_json(folder / PLAN)
-    check_base(folder, plan["base"], base)
-    kept = Kept(**plan["store"])
+    plan = artifacts.read_object(folder / PLAN)
+    theirs, rows, told = (plan.get(part) for part in ("base", "rows", "store"))
+    if not (isinstance(theirs, dict) and isinstance(rows, dict) and isinstance(told, dict)):
+        raise DataError(f"{folder / PLAN}: does not tell base, rows and store; it is damaged; capture again")
+    check_base(folder, theirs, base)
+    kept = _kept(told, folder / PLAN, spec)
     store = Store(folder, read_folder(folder / ROWS, spec)[0], kept, dtype)
-    if artifacts.file_sha256(folder / ROWS / artifacts.MANIFEST) != plan["rows"]["manifest_sha256"]:
+    if artifacts.file_sha256(folder / ROWS / artifacts.MANIFEST) != rows.get("manifest_sha256"):
         raise DataError(f"{folder / ROWS}: other rows than those that were captured; capture again")
-    named = artifacts.read_json(folder / artifacts.MANIFEST)["files"]
+    named = artifacts.read_object(folder / artifacts.MANIFEST)["files"]
     for number in range(store.shards):
         path = folder / shard_name(number)
         if path.name not in named:
             raise DataError(f"{path}: is not in {artifacts.MANIFEST}; capture again")
-        tensors, told = mapped(path)
-        if told.get("store") != mark(plan, number):
+        tensors, header = mapped(path)
+        if header.get("store") != mark(plan, number):
             raise DataError(f"{path}: belongs to another store, of another base or other rows; capture again")
         for name, (of, shape) in kept.columns().items():
             have = (tensors[name].dtype, tuple(tensors[name].shape)) if name in tensors else None
@@ -266,9 +270,26 @@ def open_store(folder: Path, base: Mapping[str, Any], spec: BaseSpec, dtype: tor
     return store
 
 
+def _kept(told: Mapping[str, Any], path: Path, spec: BaseSpec) -> Kept:
+    """What a plan says is kept."""
+    try:
+        kept = config.typed(told, Kept, f"{path}: store")
+    except ConfigError as e:
+        raise DataError(f"{e}; it is damaged; capture again") from None
+    top_k, horizon = kept.teacher_top_k, kept.horizon
+    if (
+        kept.dtype not in FORMATS
+        or not all(0 <= layer <= spec.num_layers for layer in kept.hidden)
+        or any(n is not None and not 1 <= n < LARGE for n in (top_k, horizon, kept.shard_rows, kept.size))
+    ):
+        raise DataError(f"{path}: store: values that draftsmith capture never writes; it is damaged; capture again")
+    return kept
+
+
 def verify(folder: Path) -> None:
     """DataError unless every file of the store is as its manifest says, and no other shard lies there."""
-    facts = artifacts.verify(folder)
+    cure = f"delete it and every {artifacts.MANIFEST} there; the same draftsmith capture … out={folder} makes it again"
+    facts = artifacts.verify(folder, cure=cure)
     if facts.get("kind") != "store":
         raise DataError(f"{folder}: holds {facts.get('kind') or 'something else'}, not a store")
     stray = sorted(p.name for p in folder.glob("captures-*") if p.name not in facts["files"])

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftsmith import artifacts
+from draftsmith import artifacts, faults, room
 from draftsmith.contracts import BaseView, Batch, Needs
 from draftsmith.data import store
 from draftsmith.data.journal import ASKED, alone
@@ -25,7 +25,7 @@ from draftsmith.data.labels import LOGITS, claim
 from draftsmith.data.pack import best_fit, collate
 from draftsmith.data.rows import Rows
 from draftsmith.data.store import PLAN, ROWS, Kept, Store, StoreConfig, compress, shard_name
-from draftsmith.errors import ConfigError, DataError, NumericsError, ResourceError
+from draftsmith.errors import ConfigError, DataError, NumericsError
 
 PROBE = 2**23  # bytes that are written and read to see how fast the disk is
 NAMES = {torch.float32: "fp32", torch.float64: "fp32", torch.float16: "fp32", torch.bfloat16: "bf16"}
@@ -96,33 +96,28 @@ class Job:
     def missing(self, numbers: Sequence[int]) -> list[int]:
         return [n for n in numbers if not (self.out / shard_name(n)).is_file()]
 
-    def check_room(self) -> None:
-        """ResourceError unless the shards that are missing fit on the disk."""
-        everyone = range(self.store.shards)
-        wanted = sum(self.store.of_shard(n) for n in self.missing(everyone)) * self.kept.position_bytes
-        there = next(p for p in (self.out.resolve(), *self.out.resolve().parents) if p.exists())
-        free = shutil.disk_usage(there).free
-        if wanted > free:
-            raise ResourceError(
-                f"{self.out}: the store needs {_size(wanted)} more and {_size(free)} are free there; choose another"
-                " folder, a smaller store.dtype, or keep=counted"
-            )
+    def to_write(self, source: Path) -> float:
+        """Bytes on the disk of what is missing: shards, and the copy of the rows in `source`."""
+        shards = self.missing(range(self.store.shards))
+        copied = 0 if artifacts.is_complete(self.out / ROWS) else room.taken(source)
+        return copied + room.files(self.store.of_shard(n) * self.kept.position_bytes for n in shards)
 
     def begin(self, source: Path) -> None:
         """The plan and a copy of the rows and of what was asked for them; ConfigError where the folder is another
         plan's."""
         files = list(artifacts.read_json(source / artifacts.MANIFEST)["files"])
         files += sorted({str(p.relative_to(source)) for p in (source / ASKED).glob("*")} - set(files))
+        files.sort(key=lambda name: Path(name).name == artifacts.MANIFEST)  # last: from then on a folder is complete
         with alone(self.out):
             claim(self.out, self.plan, what="captures")
             if artifacts.is_complete(self.out / ROWS):
                 return
-            with artifacts.disk(self.out, "rows"):
-                for name in [*files, artifacts.MANIFEST]:  # the manifest last: from then on they are complete
-                    target = self.out / ROWS / name
+            for name in [*files, artifacts.MANIFEST]:
+                target = self.out / ROWS / name
+                with artifacts.disk(target, "rows"):
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(source / name, temporary := target.with_name(f".{target.name}.tmp"))
-                    artifacts.replace(temporary, target)
+                with artifacts.whole(target) as temporary:
+                    shutil.copyfile(source / name, temporary)
 
     def parts(self, number: int) -> Iterator[Part]:
         first, last = self.store.span(number)
@@ -145,9 +140,15 @@ class Job:
             batch = collate([[self.rows[n] for n in pack] for pack in some], self.length, torch.zeros(1))
             yield Part(batch, torch.from_numpy(np.concatenate(of)), torch.from_numpy(np.concatenate(to)), tokens)
 
-    @torch.no_grad()
     def captured(self, part: Part) -> dict[str, Tensor]:
         """The kept positions of a part, in the store's format, on the CPU."""
+        rows, tokens = part.batch.tokens_BT.shape
+        smaller = room.halved(("store.batch_size", rows), f"store.length, now {tokens}")
+        with room.memory(f"capture: a batch of {rows} x {tokens} tokens", smaller):
+            return self._forward(part)
+
+    @torch.no_grad()
+    def _forward(self, part: Part) -> dict[str, Tensor]:
         device, kept = self.base.lm_head_weight.device, self.kept
         batch, of_P = part.batch.to(device), part.of_P.to(device)
         needs = Needs(frozenset(kept.hidden), final=kept.final, teacher=kept.teacher_top_k is not None)
@@ -189,6 +190,7 @@ class Job:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             artifacts.write_tensors(temporary, made, {"store": store.mark(self.plan, number)})
+            faults.point("store.made")
             with artifacts.disk(path, path.name):
                 artifacts.replace(temporary, path)
         finally:
@@ -213,6 +215,8 @@ class Job:
             rows = artifacts.read_json(self.out / ROWS / artifacts.MANIFEST)["files"]
             names = [PLAN, *(f"{ROWS}/{name}" for name in [*rows, artifacts.MANIFEST])]
             names += [shard_name(n) for n in range(self.store.shards)]
+            for folder in (self.out, self.out / ROWS, self.out / ROWS / ASKED):
+                artifacts.reclaim(folder)
             artifacts.seal(self.out, names, kind="store", **facts)
         return True
 
@@ -221,7 +225,7 @@ class Job:
         positions, each = int(self.store.offsets_N[-1]), self.kept.position_bytes
         todo = self.missing(self.mine)
         if not todo or not positions:
-            return f"store: {positions:,} positions x {each:,} bytes = {_size(positions * each)}"
+            return f"store: {positions:,} positions x {each:,} bytes = {room.size(positions * each)}"
         part = next(self.parts(todo[0]))
         self.captured(part)  # the first one is slower
         began = time.perf_counter()
@@ -234,7 +238,7 @@ class Job:
         epoch = break_even(total, w + r, r)  # every start hashes all of it once
         pays = "reading it takes longer than the base's forward: it never pays" if epoch is None else ""
         return (
-            f"store: {positions:,} positions of {tokens:,} x {each:,} bytes = {_size(positions * each)};"
+            f"store: {positions:,} positions of {tokens:,} x {each:,} bytes = {room.size(positions * each)};"
             f" capturing ~{(total + w) * own / 3600:.2g} h; {pays or f'pays from epoch {epoch}'}"
         )
 
@@ -261,11 +265,3 @@ def break_even(forward: float, write: float, read: float) -> int | None:
     """The first epoch whose end a run with a store reaches sooner, E > (B + W) / (B - R), in seconds per epoch; None:
     never."""
     return None if read >= forward else int((forward + write) // (forward - read)) + 1
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError

@@ -30,6 +30,7 @@ from draftsmith.growth import Draws, Growing, Picked, Shape, TreeShape, Warp
 from draftsmith.roles import Drafter, Partial, State
 
 FILE = "capsule.safetensors"
+AGAIN = "copy the whole folder again, or save the head again"
 TEXTS, LENGTH = 3, 13  # the root included
 DEEPEST, COLUMNS = 8, 64
 STATES = ("tokens", "final", "hidden.", "read")  # what goes in; all else comes out
@@ -280,7 +281,9 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if not isinstance(header, dict) or not all(
                 isinstance(header.get(k), dict) for k in ("base", "head", "weights")
             ):
-                raise DataError(f"{path}: no capsule of ours")
+                raise DataError(f"{path}: no capsule of ours; {AGAIN}")
             return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as e:
-        raise DataError(f"{path}: {' '.join(str(e).split())}") from None
+    except DataError:
+        raise
+    except (SafetensorError, OSError, ValueError, RecursionError) as e:
+        raise DataError(f"{path}: {' '.join(str(e).split())}; {AGAIN}") from None

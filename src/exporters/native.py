@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from draftsmith import artifacts, config
+from draftsmith import artifacts, config, room
 from draftsmith.contracts import BaseSpec, Head
 from draftsmith.errors import ConfigError, DataError, NumericsError
 from draftsmith.exporters import capsule
@@ -26,6 +26,7 @@ from draftsmith.exporters.card import card
 FORMAT = "draftsmith-head"
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
+AGAIN = capsule.AGAIN
 
 # What must be equal for a head to mean anything on a base; `path` and `revision` are only told.
 # (The config's hash is only told too: it changes with every default that transformers adds. So is `quantised`: a head
@@ -44,6 +45,15 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 SAID = ("training", "beside", "tuned")
+NUMBER = (int, float)
+# Of that, what is read again, and what it must be.
+READ: dict[str, dict[str, tuple[type, ...]]] = {
+    "beside": {"kind": (str,), "path": (str, type(None)), "sha256": (str,)},
+    "tuned": {
+        **{"tree": (dict,), "asked": (list,), "depth": (int,), "nodes": (int,)},
+        **dict.fromkeys(("threshold", "temperature", "measured_speedup", "predicted_speedup"), NUMBER),
+    },
+}
 DRAFTER = "drafter"  # where a gate's drafter lies in its folder, if it travels with it
 
 
@@ -141,7 +151,7 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
     """
     folder = Path(folder)
     try:
-        listed = artifacts.verify(folder)["files"]
+        listed = artifacts.verify(folder, cure=AGAIN)["files"]
     except DataError as e:
         raise DataError(f"{e}{_differing(folder)}") from None
     described = artifacts.read_json(folder / "config.json")
@@ -153,6 +163,7 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
         )
     if not all(isinstance(said.get(group), dict) for group in ("base", "head")):
         raise DataError(f"{folder}/config.json: does not describe its base and its head")
+    _check_said(said, f"{folder}/config.json")
     for tie in TIES:
         theirs, ours = described["base"].get(tie, getattr(BaseSpec, tie, None)), getattr(spec, tie)
         if theirs != ours:
@@ -164,28 +175,44 @@ def load(folder: Path | str, spec: BaseSpec, *, device: torch.device | str = "cp
     for key in ALIKE:
         theirs, ours = described["base"].get(key), getattr(spec, key)
         if theirs is not None and not _alike(theirs, ours):
-            raise DataError(f"{folder}: made for a base with {key}={theirs}, this one ({spec.path}) has {ours}")
+            raise DataError(
+                f"{folder}: made for a base with {key}={theirs}, this one ({spec.path}) has {ours}; load the base it"
+                " was trained on"
+            )
     try:
         kind = config.target(described["head"], f"{folder}/config.json: head")
         if not issubclass(kind, Head):
             raise ConfigError(f"{folder}/config.json: head._target_: {kind.__name__} is no head")
         with torch.device("meta"):
             trained = dataclasses.replace(spec, quantised=described["base"].get("quantised", ""))
-            head: Head = kind(config.typed(described["head"], kind.Config, "head"), trained)
+            head: Head = kind(config.typed(described["head"], kind.Config, f"{folder}/config.json: head"), trained)
     except ConfigError as e:
-        raise DataError(str(e)) from None
+        raise DataError(f"{e}; {AGAIN}") from None
     try:
         # Clones, since a file's tensors begin wherever they do: some CPU kernels round by a pointer's alignment.
         tensors = {name: t.clone() for name, t in load_file(folder / WEIGHTS, device=str(device)).items()}
         head.load_state_dict(tensors, strict=True, assign=True)
     except (SafetensorError, RuntimeError, FileNotFoundError) as e:
-        raise DataError(f"{folder / WEIGHTS}: {' '.join(str(e).split())}") from None
+        raise DataError(f"{folder / WEIGHTS}: {' '.join(str(e).split())}; {AGAIN}") from None
     head.said = {"name": said.get("name"), **{part: said.get(part) or {} for part in SAID}}
     if capsule.FILE in listed:
         if found := capsule.differences(folder / capsule.FILE, described["head"], head.state_dict()):
             raise DataError(f"{folder}: not the head that was saved: {'; '.join(found[:3])}")
         head.golden = capsule.read(folder / capsule.FILE)
     return head.eval().requires_grad_(False)
+
+
+def _check_said(said: Mapping[str, Any], where: str) -> None:
+    """DataError where what is said of a head could not be read later."""
+    for part in SAID:
+        told = said.get(part) or {}
+        if not isinstance(told, dict):
+            raise DataError(f"{where}: {part} is no JSON object; {AGAIN}")
+        for key, kinds in READ.get(part, {}).items():
+            if key in told and (not isinstance(told[key], kinds) or isinstance(told[key], bool)):
+                raise DataError(f"{where}: {part}.{key} is {told[key]!r:.50}; {AGAIN}")
+    if not isinstance(said["base"].get("quantised", ""), str):
+        raise DataError(f"{where}: base.quantised is no text; {AGAIN}")
 
 
 def check(folder: Path, spec: BaseSpec) -> Head:
@@ -207,9 +234,22 @@ def _differing(folder: Path) -> str:
     return f" ({'; '.join(found[:3])})" if found else ""
 
 
-def rehearse(run_dir: Path, heads: Mapping[str, Head]) -> None:
-    """Writes every head as it is, reads it back, compares bit for bit, and leaves nothing: a folder that
-    cannot be written, or a head that cannot be exported, is known before step 1."""
+def size(head: Head, adapter: Any = None) -> float:
+    """Bytes on the disk of what `save` writes."""
+    answers = [] if head.golden is None else list(head.golden.tensors.values())
+    beside = [] if adapter is None else list(adapter.parameters())
+    return room.tensors(head.state_dict().values(), answers, beside) + 4 * room.PAGE
+
+
+def rehearse(run_dir: Path, heads: Mapping[str, Head], adapter: Any = None, *, keep: int = 0, lines: int = 0) -> None:
+    """ResourceError unless the whole run fits on the disk: its exports, one checkpoint more than it keeps, so many
+    lines of metrics. Then writes every head as it is, reads it back, compares bit for bit, and leaves nothing: a head
+    that cannot be exported is known before step 1. adapter: the base's, if it is trained."""
+    parts = [*heads.values(), *([] if adapter is None else [adapter])]
+    exports = sum(size(head, adapter) for head in heads.values())
+    needs = room.of_run(parts, exports, keep, lines) - room.taken(run_dir / "checkpoints")
+    fewer = "trainer.keep=1 or another run_dir" if keep > 1 else "choose another run_dir"
+    room.ready(run_dir, "run_dir", needs, fewer)
     folder = run_dir / ".rehearsal"
     try:
         for name, head in heads.items():

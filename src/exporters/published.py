@@ -96,6 +96,8 @@ def read(path: Path | str) -> Published:
         )
     files = _files(path) if path.is_dir() else [path]
     for file in files:
+        if path.is_dir() and (elsewhere := artifacts.outside(path, file)):
+            raise DataError(f"{file}: is a link to {elsewhere}, outside its folder; put the file itself there")
         if file.suffix in PICKLES:
             raise DataError(
                 f"{file}: is a pickle, which can run any program when it is read, so it stays unread; if you trust it,"

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts import disk
+from draftsmith import artifacts
 from draftsmith.reporting.leaderboard import GRID, LOOKS, QUIET, STYLE
 
 FILE = "gates.svg"
@@ -21,8 +21,8 @@ def write(folder: Path, heads: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [line for name, gate in found.items() for line in text(name, gate)]
     if find_spec("matplotlib") is None:
         return "\n".join([*lines, "no picture: pip install 'draftsmith[plots]' draws it"])
-    with disk(folder, FILE):
-        draw(found, folder / FILE)
+    with artifacts.whole(folder / FILE) as path:
+        draw(found, path)
     return "\n".join([*lines, f"-> {folder / FILE}"])
 
 

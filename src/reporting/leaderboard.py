@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts import disk
+from draftsmith import artifacts
 
 # Okabe and Ito's colours without the yellow, which fades on white: told apart by colour-blind eyes, and by marker.
 LOOKS = (
@@ -131,13 +131,14 @@ def write(folder: Path, heads: Sequence[Entry], suffixes: Sequence[str] = ("svg"
 def page(stem: Path, text: str, draw: Callable[[Path], None], suffixes: Sequence[str]) -> str:
     """stem.md and a picture per suffix, which draw(path) makes; the line that tells of them. Without matplotlib, no
     pictures. Raises ResourceError where nothing can be written."""
-    with disk(stem.parent, f"{stem.name}.md"):
+    with artifacts.disk(stem.parent, f"{stem.name}.md"):
         stem.parent.mkdir(parents=True, exist_ok=True)
-        stem.with_name(f"{stem.name}.md").write_text(text)
-        if find_spec("matplotlib") is None:
-            return f"-> {stem}.md; for the picture: pip install 'draftsmith[plots]'"
-        for suffix in suffixes:
-            draw(stem.with_name(f"{stem.name}.{suffix}"))
+    artifacts.write_bytes(stem.with_name(f"{stem.name}.md"), text.encode())
+    if find_spec("matplotlib") is None:
+        return f"-> {stem}.md; for the picture: pip install 'draftsmith[plots]'"
+    for suffix in suffixes:
+        with artifacts.whole(stem.with_name(f"{stem.name}.{suffix}")) as path:
+            draw(path)
     return f"-> {stem}.{{{','.join(['md', *suffixes])}}}"
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts import disk
+from draftsmith import artifacts
 from draftsmith.reporting.leaderboard import GRID, INK, LOOKS, QUIET, STYLE
 
 CAPTION = (
@@ -21,12 +21,13 @@ CAPTION = (
 def write(folder: Path, found: Mapping[str, Any]) -> str:
     """primers.md and primers.svg in `folder`, of what `decoding.priming.judge` found; the line that tells of them.
     Without matplotlib, no picture."""
-    with disk(folder, "the primers"):
+    with artifacts.disk(folder, "the primers"):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "primers.md").write_text(markdown(found))
-        if find_spec("matplotlib") is None:
-            return f"-> {folder / 'primers.md'}; for the picture: pip install draftsmith[plots]"
-        picture(folder / "primers.svg", found)
+    artifacts.write_bytes(folder / "primers.md", markdown(found).encode())
+    if find_spec("matplotlib") is None:
+        return f"-> {folder / 'primers.md'}; for the picture: pip install draftsmith[plots]"
+    with artifacts.whole(folder / "primers.svg") as path:
+        picture(path, found)
     return f"-> {folder / 'primers'}.{{md,svg}}"
 
 

@@ -7,14 +7,13 @@ run says is text there, never markup.
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from draftsmith.artifacts import disk
+from draftsmith import artifacts
 from draftsmith.reporting.curves import Picture
 from draftsmith.reporting.leaderboard import LOOKS
 
@@ -126,15 +125,8 @@ def markdown(page: Page) -> str:
 def write(folder: Path, page: Page) -> str:
     """report.html and report.md in the folder, each whole or as it was; the line that tells of them."""
     for name, text in ((HTML, html(page)), (MARKDOWN, markdown(page))):
-        with disk(folder, name):
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            try:
-                # half a character, as a sampled text may hold, is no reason to have no report
-                temporary.write_bytes(text.encode("utf-8", "replace"))
-                os.replace(temporary, folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+        # half a character, as a sampled text may hold, is no reason to have no report
+        artifacts.write_bytes(folder / name, text.encode("utf-8", "replace"))
     return f"-> {folder / HTML}, {MARKDOWN}"
 
 

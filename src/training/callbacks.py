@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 
-from draftsmith import artifacts
+from draftsmith import artifacts, signals
 from draftsmith.errors import ResourceError
 from draftsmith.training import checkpoint, processes, strategy
 from draftsmith.training.clock import Clock
 from draftsmith.training.module import TrainModule
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO = 3.0  # seconds in which a launcher may pass on a signal that a process has had from the terminal already
 
 
@@ -78,7 +79,9 @@ class Metrics(L.Callback):
             return
         step, peak = module.done(idx), trainer.optimizers[0].param_groups[0]["initial_lr"]
         lr = peak * module.settings.scheduler.factor(step - 1, module.steps)  # the group's lr is the next step's by now
-        line = {"step": step, **module.measured, **module.validated, "lr": lr, "tokens_per_second": self.clock.rate}
+        # JSON has no word for what is not finite: a step that was left out is told of in nonfinite.jsonl
+        found = {k: v for k, v in {**module.measured, **module.validated}.items() if math.isfinite(v)}
+        line = {"step": step, **found, "lr": lr, "tokens_per_second": self.clock.rate}
         line["base_forward_share"] = round(self.clock.share, 4)
         with artifacts.disk(self.path, "metrics"), open(self.path, "a") as f:
             f.write(json.dumps(line) + "\n")
@@ -100,10 +103,7 @@ def truncate(path: Path, step: int) -> None:
     whole = b"".join(line + b"\n" for line in kept)
     if whole == path.read_bytes():
         return
-    with artifacts.disk(path, "metrics"):
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(whole)
-        os.replace(temporary, path)
+    artifacts.write_bytes(path, whole)
 
 
 class Events(L.Callback):
@@ -167,45 +167,34 @@ class Checkpoints(L.Callback):
         self.stopped_at: int | None = None
         self.writer = checkpoint.Writer()
         self._since = 0.0
-        self._before: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._before = {s: signal.signal(s, self._ask) for s in SIGNALS}
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals ask for a stop, from before the first step until the trainer is gone: Lightning answers one that it
+        meets in its own code by exit 1. Once stopped, one of several processes leaves in peace: a launcher ends those
+        that leave last by a signal."""
+        with signals.handled(self._ask):
+            yield
+        if self.stopped_at is not None and processes.place().world > 1:
+            for number in signals.SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with self.clock.within("checkpoint"):
             processes.together(self.writer.finish)
-        if self.stopped_at is not None:
-            self.deaf()
-        else:
-            self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore()
         try:
             self.writer.finish()
         except Exception as e:  # the run ends by `exception`; what the disk said is told beside it
             print(f"warning: checkpoint not written: {e}", flush=True)
-
-    def _restore(self) -> None:
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
-        self._before = {}
-
-    def deaf(self) -> None:
-        """Once stopped, one of several processes leaves in peace: a launcher ends those that leave last by a signal."""
-        if processes.place().world == 1:
-            self._restore()
-        else:
-            for s in SIGNALS:
-                signal.signal(s, signal.SIG_IGN)
 
     def _ask(self, number: int, frame: Any) -> None:
         now = time.monotonic()
         if self.asked is None:
             self.asked, self._since = number, now
         elif processes.place().world == 1 or now - self._since > ECHO:
-            os._exit(75)
+            signals.leave()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, out: Any, batch: Any, idx: int) -> None:
         if not step_done(trainer, idx):

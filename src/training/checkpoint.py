@@ -8,7 +8,6 @@ so the step is all the position there is.
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from draftsmith import artifacts
-from draftsmith.errors import DataError
-from draftsmith.training.settings import MOMENTS
+from draftsmith import artifacts, faults, room
+from draftsmith.errors import DataError, TooNew
+from draftsmith.training.settings import MOMENTS, STEP
 
 SEAL = "COMPLETE.json"
 
@@ -51,20 +50,29 @@ def save(
     ties: Mapping[str, str],
     tracked: Mapping[str, str] | None = None,
 ) -> Path:
-    """Publishes step `step`, moves `last`, then deletes all but the newest `keep`."""
+    """Publishes step `step`, then rotates."""
     target = folder / f"step-{step:08d}"
+    room.still(folder)
     with artifacts.publish(target, manifest=SEAL, kind="checkpoint", step=step) as temporary:
         for name, (tensors, _) in found.items():
             artifacts.write_tensors(temporary / f"{name}.safetensors", tensors)
         updates = {name: updates for name, (_, updates) in found.items()}
         state = {"step": step, "updates": updates, "ties": dict(ties), "tracked": dict(tracked or {})}
         artifacts.write_json(temporary / "state.json", state)
-    artifacts.write_json(folder / "last", {"checkpoint": target.name})
-    done = [name for name in _complete(folder) if name <= target.name]  # a later one is damaged, or it had resumed
-    with artifacts.disk(folder, "its rotation"):
-        for old in done[:-keep]:
-            shutil.rmtree(folder / old)
+    faults.point("save.published")
+    rotate(folder, step, keep)
     return target
+
+
+def rotate(folder: Path, step: int, keep: int) -> None:
+    """Moves `last` to this step, then deletes all but the newest `keep`: once more where a process was killed before it
+    had done so."""
+    name = f"step-{step:08d}"
+    artifacts.write_json(folder / "last", {"checkpoint": name})
+    faults.point("save.pointed")
+    done = [n for n in _complete(folder) if n <= name]  # a later one is damaged, or it had resumed
+    for old in done[:-keep]:
+        artifacts.remove(folder / old)
 
 
 class Writer:
@@ -99,24 +107,41 @@ class Writer:
 
 
 def load_last(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, and a warning per newer one that is not."""
-    warnings: list[str] = []
+    """The newest checkpoint that is whole, and a warning that tells each newer one that is not, and what that costs."""
+    skipped: list[str] = []
+    found = None
+    newest = max(map(_step, _complete(folder)), default=0)
     for name in reversed(_complete(folder)):
         try:
-            return load(folder / name), warnings
+            found = load(folder / name)
+            break
+        except TooNew:
+            raise
         except DataError as e:
-            warnings.append(f"checkpoint skipped: {e}")
-    return None, warnings
+            skipped.append(f"checkpoint skipped: {e}")
+    if skipped:
+        lost = newest - (found.step if found else 0)
+        whence = f"after step {found.step}" if found else "at the beginning"
+        skipped[-1] += f"; {lost} steps are lost: training goes on {whence}"
+    return found, skipped
 
 
 def load(path: Path) -> Checkpoint:
     artifacts.verify(path, manifest=SEAL)
-    state = artifacts.read_json(path / "state.json")
+    state = artifacts.read_object(path / "state.json")
+    kinds = {"step": int, "updates": dict, "ties": dict, "tracked": dict}
+    state.setdefault("tracked", {})
+    updates = state.get("updates")
+    if not all(type(state.get(key)) is kind for key, kind in kinds.items()) or not all(
+        type(count) is int and Path(name).name == name
+        for name, count in updates.items()  # type: ignore[union-attr]
+    ):
+        raise DataError(f"{path / 'state.json'}: tells no step, updates and ties; it is damaged")
     try:
         tensors = {name: load_file(path / f"{name}.safetensors") for name in state["updates"]}
-    except SafetensorError as e:
+    except (SafetensorError, OSError) as e:
         raise DataError(f"{path}: not safetensors ({e})") from None
-    return Checkpoint(state["step"], state["ties"], tensors, state["updates"], state.get("tracked", {}))
+    return Checkpoint(state["step"], state["ties"], tensors, state["updates"], state["tracked"])
 
 
 def check(checkpoint: Checkpoint, parts: Mapping[str, nn.Module]) -> None:
@@ -161,5 +186,9 @@ def restore(
     return moments
 
 
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
 def _complete(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.glob("step-*") if artifacts.is_complete(p, manifest=SEAL))
+    return sorted(p.name for p in folder.glob(STEP) if artifacts.is_complete(p, manifest=SEAL))

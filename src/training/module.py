@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from draftsmith.artifacts import fingerprint
 from draftsmith.contracts import BaseView, Batch, Capture, Head, LossOut, Needs
-from draftsmith.errors import Diverged
+from draftsmith.errors import DataError
 from draftsmith.training import checkpoint, processes, strategy
+from draftsmith.training.nonfinite import Nonfinite
 from draftsmith.training.settings import Settings
 
 
@@ -58,6 +59,7 @@ class TrainModule(L.LightningModule):
         settings: Settings,
         steps: int,
         seed: int,
+        nonfinite: Nonfinite,
         resume: checkpoint.Checkpoint | None = None,
     ) -> None:
         super().__init__()
@@ -68,9 +70,12 @@ class TrainModule(L.LightningModule):
         self.settings, self.optimizer = settings, settings.optimizer
         self.steps, self.seed, self.resume = steps, seed, resume
         self.log_every = settings.trainer.log_every
+        self.nonfinite = nonfinite
+        self._losses: dict[str, Tensor] = {}
         self.start = resume.step if resume else 0
         self.measured: dict[str, float] = {}
         self.validated: dict[str, float] = {}
+        self.shape: tuple[int, ...] = (0, 0)  # of the batch at hand
         adapter = base.adapter  # trained too where there is a new one; one that was loaded stays as it is
         self.adapter = adapter if adapter and any(p.requires_grad for p in adapter.parameters()) else None
         self._sums: dict[str, Tensor] = {}
@@ -84,8 +89,18 @@ class TrainModule(L.LightningModule):
     def on_train_start(self) -> None:
         """The engine is made now, and with it the place where the moments go."""
         if self.resume:
-            (updates,) = set(self.resume.updates.values())  # every part is updated in every step
-            strategy.put_moments(self.trainer, self._moments, updates)
+            if strategy.is_zero(self.trainer) and len(set(self.resume.updates.values())) > 1:
+                told = ", ".join(f"{name} {n}" for name, n in self.resume.updates.items())
+                raise DataError(
+                    f"checkpoint of step {self.start}: its heads were updated unequally often ({told}), which DeepSpeed"
+                    " cannot go on from; use strategy=ddp"
+                )
+            by_updates: dict[int, dict[nn.Parameter, dict[str, Tensor]]] = {}
+            for name, part in self.trained().items():  # equally many, but where a part's step was not finite
+                own = {p: self._moments[p] for p in part.parameters() if p in self._moments}
+                by_updates.setdefault(self.resume.updates[name], {}).update(own)
+            for updates, found in by_updates.items():
+                strategy.put_moments(self.trainer, found, updates)
             self._moments = {}
 
     def on_train_end(self) -> None:
@@ -106,12 +121,16 @@ class TrainModule(L.LightningModule):
         """Whether step number `step` (0-based) is one to measure."""
         return (step + 1) % self.log_every == 0 or step + 1 == self.steps
 
+    def whereabouts(self) -> str:
+        return f"step {self.start + self.trainer.global_step + 1}"
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.shape = batch.tokens_BT.shape
         step, part = divmod(batch_idx, self.trainer.accumulate_grad_batches)
         step += self.start
         measure = self.measures(step)
         if part == 0:
-            self._sums = {}
+            self._sums, self._losses = {}, {}
             if not strategy.is_zero(self.trainer):
                 self.zero_grad(set_to_none=True)  # a fused loss forms new ones in its forward: not beside the old ones
         losses = []
@@ -124,7 +143,9 @@ class TrainModule(L.LightningModule):
             with rekeyed(self.seed, step, part, self.global_rank, name), autocast:
                 out = head.loss(self.base, seen, batch, measure=measure)
             loss = out.sum / out.count.clamp(min=1)
-            losses.append(loss)
+            self._losses[name] = self._losses.get(name, 0) + loss.detach()
+            # A loss that is not finite makes its gradients so, on every process, whatever its own derivative says.
+            losses.append(loss * torch.where(loss.detach().isfinite(), 1.0, float("nan")))
             if measure:
                 self._add_all(f"train/{name}", loss.detach(), out)
         last = part + 1 == self.trainer.accumulate_grad_batches
@@ -138,6 +159,7 @@ class TrainModule(L.LightningModule):
         self.eval()
         with strategy.whole(self.trainer, self.trained().values()):
             for part, batch in enumerate(batches):
+                self.shape = batch.tokens_BT.shape
                 batch = batch.to(self.device)
                 seen = self.seen(batch)
                 for name, head in self.each_head():
@@ -204,11 +226,29 @@ class TrainModule(L.LightningModule):
         groups = {g["name"]: (g["params"], self.optimizer.of(g["name"], "clip")) for g in optimizer.param_groups}
         if self.optimizer.clip_scope == "global":
             groups = {", ".join(groups): ([p for own, _ in groups.values() for p in own], self.optimizer.clip)}
+        bad: dict[str, dict[str, float]] = {}
         for name, (parameters, clip) in groups.items():
             norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
             if not bool(norm.isfinite()):
-                step = self.start + self.trainer.global_step + 1  # as metrics.jsonl counts
-                raise Diverged(
-                    f"{name}: gradient norm {float(norm)} in step {step}; weights are untouched and the last"
-                    " checkpoint is good; lower optimizer.lr or look at the rows of that step"
-                )
+                bad[name] = {"gradient norm": float(norm)}
+                for p in parameters:
+                    p.grad = None  # which the optimiser passes over: no update, no decay, no new moments
+        if bad:
+            self.not_finite(bad)
+
+    def _whole_losses(self) -> list[float]:
+        """Each head's loss of the global step; every process knows its own share."""
+        shares = torch.stack(list(self._losses.values()))
+        if self.trainer.world_size > 1:
+            shares = cast(Tensor, self.trainer.strategy.reduce(shares, reduce_op="sum"))
+        return shares.tolist()
+
+    def not_finite(self, bad: dict[str, dict[str, float]]) -> None:
+        """The step at hand has gradients that are not: bad is group -> its norm, where a group is a head or, with one
+        norm for all, everything."""
+        named = bad.keys() & self._losses.keys()
+        for name, loss in zip(self._losses, self._whole_losses(), strict=True):
+            if name in named or not named:
+                bad.setdefault(name, {})["loss"] = float(loss)
+        step = self.start + self.trainer.global_step
+        self.nonfinite.found(step + 1, bad, cast(Any, self.trainer).datamodule.ids_of(step))

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+from draftsmith import room
 from draftsmith.config import LAUNCHED
 from draftsmith.errors import (
     ConfigError,
@@ -249,7 +250,7 @@ def _words(error: Exception) -> tuple[int, str]:
     """The exit code and the message of an error."""
     if isinstance(error, DraftsmithError):
         return error.exit_code, str(error)
-    code = ResourceError.exit_code if isinstance(error, (OSError, MemoryError)) else 1
+    code = ResourceError.exit_code if isinstance(error, OSError) or room.exhausted(error) else 1
     return code, f"{type(error).__name__}: {error}"
 
 

@@ -24,6 +24,7 @@ class TrainerConfig:
     log_every: int = 10  # steps between lines of metrics.jsonl
     checkpoint_every: int = 100  # steps
     keep: int = 2  # newest checkpoints kept
+    skip_nonfinite: int = 0  # steps that may be left out because a loss or gradient is not finite; the next one stops
     profile: int | None = None  # the last so many steps under torch's profiler
 
     def __post_init__(self) -> None:
@@ -36,7 +37,9 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: give at least 1")
-        if self.checkpoint_every < 1 or (self.epochs is not None and self.epochs <= 0):
+        if self.skip_nonfinite < 0:
+            raise ConfigError(f"skip_nonfinite={self.skip_nonfinite}: give 0, or how many steps may be left out")
+        if self.checkpoint_every < 1 or (self.epochs is not None and not 0 < self.epochs < math.inf):
             raise ConfigError("checkpoint_every, epochs: give a positive number")
 
     def steps(self, packs: float, packs_per_step: int) -> int:
@@ -59,6 +62,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.clip_scope not in ("head", "global"):
             raise ConfigError(f"clip_scope='{self.clip_scope}': choose head or global")
+        if wrong := [name for name, own in self.heads.items() if not isinstance(own, dict)]:
+            raise ConfigError(f"heads.{wrong[0]}: {self.heads[wrong[0]]!r} is not a group of keys; give {{lr: …}}")
         for where, own in (("", vars(self)), *((f"heads.{name}.", own) for name, own in self.heads.items())):
             for key, least in (("lr", "positive"), ("weight_decay", "0 or positive"), ("clip", "positive")):
                 value = own.get(key)
@@ -98,6 +103,7 @@ class SchedulerConfig:
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+STEP = "step-" + 8 * "[0-9]"  # the folder of a checkpoint
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a parameter beside the number of its updates
 STRATEGIES = ("auto", "single", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 
@@ -175,6 +181,27 @@ class LossConfig:
             raise ConfigError(f"impl='{self.impl}': choose fused or plain")
 
 
+# what a checkpoint is tied to -> the keys that say which it is; any other tie is to who stands beside the base
+TIED = {"base": ("base",), "rows": ("data",), "store": ("data",)}
+BESIDE = ("companion", "drafter")
+
+
+def covers(key: str, other: str) -> bool:
+    """Whether a key is the other one, or a group that holds it."""
+    return other == key or other.startswith(f"{key}.")
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    """What may be otherwise where a run goes on; no part of what the run is."""
+
+    allow: list[str] = field(default_factory=list)  # keys, or whole groups of them, as optimizer.lr or data
+
+    def lets(self, tie: str) -> bool:
+        """Whether the checkpoint may have been trained on another one of these."""
+        return any(covers(group, key) for group in TIED.get(tie, BESIDE) for key in self.allow)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything about training that is neither the base, nor a head, nor the rows."""
@@ -189,6 +216,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.strategy.name == "single" and self.world > 1:
             raise ConfigError(f"strategy: single with {self.world} processes; use strategy=ddp or trainer.devices=1")
+        if self.strategy.zero and self.trainer.skip_nonfinite:
+            raise ConfigError(
+                f"trainer.skip_nonfinite={self.trainer.skip_nonfinite}: {self.strategy.name} always stops at the first"
+                " step that is not finite; leave it 0, or use strategy=ddp"
+            )
 
     @property
     def world(self) -> int:

@@ -231,10 +231,23 @@ def make(one: list[str], environment: dict[str, str], block: Block) -> None:
             fits("quickstart", word.removeprefix("ARGS=").split())
 
 
+def pinned(words: list[str], block: Block) -> list[str]:
+    """The words but for -r and its file, which has to be there."""
+    if "-r" in words:
+        at = words.index("-r")
+        assert (ROOT / words[at + 1]).is_file(), f"{block.where}: {words[at + 1]}"
+        words = words[:at] + words[at + 2 :]
+    return words
+
+
+def audit(one: list[str], environment: dict[str, str], block: Block) -> None:
+    assert all(word.startswith("--") for word in pinned(one[1:], block)), f"{block.where}: {one}"
+
+
 def pip(one: list[str], environment: dict[str, str], block: Block) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert one[1] == "install"
-    named = [word for word in one[2:] if not word.startswith("-")]
+    named = [word for word in pinned(one[2:], block) if not word.startswith("-")]
     for word in named:
         found = re.fullmatch(r"(?:draftsmith|\.)(?:\[([\w,]+)\])?", word)
         assert found, f"{block.where}: pip install of {word}"
@@ -273,6 +286,7 @@ KNOWN: dict[str, Callable[[list[str], dict[str, str], Block], None]] = {
     "torchrun": module,
     "sbatch": sbatch,
     "make": make,
+    "pip-audit": audit,
     "pip": pip,
     ".": setup,
     "vllm": serve,

@@ -47,6 +47,22 @@ def test_every_page_is_reached_from(start: Path) -> None:
     assert sorted(str(p.relative_to(ROOT)) for p in set(PAGES) - seen - {ROOT / "README.md"}) == []
 
 
+def test_every_fault_of_reliability_has_a_test_that_is_there() -> None:
+    """Rows 1 to 40, each with at least one link; a name behind :: is a function of the file that is linked."""
+    table = (DOCS / "reliability.md").read_text().partition("## Every fault")[2]
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", table, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 41))
+    for number, row in rows:
+        named = re.findall(r"\[`([^`]*)`\]\(([^)]*\.py)\)", row)
+        assert named, f"row {number} names no test"
+        for name, path in named:
+            file, _, function = name.partition("::")
+            assert path.endswith(file), f"row {number}: {name} leads to {path}"
+            defined = ast.parse((DOCS / path).read_text()).body
+            tests = {node.name for node in defined if isinstance(node, ast.FunctionDef)}
+            assert function in tests if function else any(t.startswith("test_") for t in tests), f"row {number}: {name}"
+
+
 def test_the_reference_is_what_the_configuration_is() -> None:
     assert (DOCS / "reference.md").read_text() == reference.page(), f"out of date: {reference.COMMAND}"
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.integration.conftest import Fork
 
 HERE = Path(__file__).parent
 ROWS, SHARD = 400, 64
@@ -80,8 +79,8 @@ class Process:
     def start(self, **script: Any) -> None:
         told = self.folder / "port"
         told.unlink(missing_ok=True)
-        command = [sys.executable, str(HERE / "loopback.py"), "--base", str(self.base), "--port", str(self.port)]
-        self.process = subprocess.Popen([*command, "--told", str(told), "--script", json.dumps(script)])
+        options = ["--base", str(self.base), "--port", str(self.port), "--told", str(told)]
+        self.process = Fork(str(HERE / "loopback.py"), *options, "--script", json.dumps(script), cwd=self.folder)
         until = time.monotonic() + 60
         while not told.exists():
             assert self.process.poll() is None, "the server did not start"
@@ -91,8 +90,8 @@ class Process:
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        self.process.process.kill()
+        self.process.process.join()
 
 
 @pytest.fixture
@@ -124,14 +123,14 @@ class Driver:
         quick |= server
         generation: dict[str, Any] = {"max_new_tokens": NEW, "shard_rows": SHARD, "batch_size": 8}
         if engine == "verb":
-            self.command = [sys.executable, "-m", "draftsmith.distill", *self._overrides(base, records)]
+            self.command = ["distill", *self._overrides(base, records)]
             nodes = {"data.generation": {**generation, "engine": "server"}, "data.generation.server": quick}
             self.command += [f"{node}.{k}={json.dumps(v)}" for node, pairs in nodes.items() for k, v in pairs.items()]
         else:
             options = {"server": json.dumps(quick), "generation": json.dumps(generation), "engine": engine}
             options |= {"out": str(out), "base": str(base), "records": str(records)}
             pairs = [x for k, v in options.items() for x in (f"--{k}", v)]
-            self.command = [sys.executable, str(HERE / "driver.py"), *pairs]
+            self.command = [str(HERE / "driver.py"), *pairs]
         self.told = ""
 
     def _overrides(self, base: Path, records: Path) -> list[str]:
@@ -141,25 +140,23 @@ class Driver:
         asked.write_text("".join(json.dumps({k: v for k, v in x.items() if k != "where"}) + "\n" for x in lines))
         return ["base=hf", f"base.path={base}", "data=prompts", f"data.prompts.path={asked}", f"out={self.out}"]
 
-    def start(self, *more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([*self.command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def start(self, *more: str) -> Fork:
+        return Fork(*self.command, *more, cwd=self.out.parent)
 
     def run(self, *more: str) -> int:
         """The exit code; what it said is in self.told."""
-        process = self.start(*more)
-        self.told, _ = process.communicate(timeout=300)
-        return process.returncode
+        code, self.told = self.start(*more).finish(300)
+        return code
 
     def killed_after(self, seconds: float) -> bool:
         """kill -9 after so long; False if it was over by then."""
         process = self.start()
-        try:
-            process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return True
-        return False
+        process.process.join(seconds)
+        if process.poll() is not None:
+            return False
+        process.process.kill()
+        process.process.join()
+        return True
 
 
 @pytest.fixture

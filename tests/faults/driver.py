@@ -1,6 +1,6 @@
 """One process that answers a job, as small as can be, to be killed: folder of a base, records, where to write.
 
---die POINT:N ends it, as kill -9 would, the Nth time it comes to that point (see POINTS).
+--tear N ends it with the Nth line half-written; FAULT=<point>:<n> at a point of src/faults.py.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from draftsmith import artifacts
+from draftsmith import faults
 from draftsmith.data import journal
 from draftsmith.data.chat import ChatConfig
 from draftsmith.data.generate import GenerationConfig, Setting, answer_shard
@@ -23,47 +22,19 @@ from draftsmith.data.server import ServerConfig, answer_job
 from draftsmith.errors import DraftsmithError, PeerError
 
 
-def die(*_: Any, **__: Any) -> None:
-    os._exit(137)
+def tear(number: int) -> None:
+    """The number-th line of a journal is written by half, and the process dies: what a power cut leaves."""
+    append, calls = Shard._append, [0]
 
-
-def half_a_line(shard: Shard, entry: dict[str, Any]) -> None:
-    """A torn tail, without a newline."""
-    shard._file.write(json.dumps(entry)[: len(json.dumps(entry)) // 2].encode())
-    die()
-
-
-def after(function: Callable[..., Any]) -> Callable[..., None]:
-    def called(*args: Any, **kwargs: Any) -> None:
-        function(*args, **kwargs)
-        die()
-
-    return called
-
-
-# point -> (whose attribute, its name, what comes in its place)
-POINTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "in the midst of a line": (Shard, "_append", half_a_line),
-    "after a line": (Shard, "_append", after(Shard._append)),
-    "before a shard": (Shard, "publish", die),
-    "refused rows written": (journal, "write_shard", die),
-    "shard written, not named": (artifacts, "replace", die),
-    "shard named, journal there": (journal, "write_shard", after(journal.write_shard)),
-    "shard published": (Shard, "publish", after(Shard.publish)),
-    "before the seal": (artifacts, "seal", die),
-    "sealed, litter there": (artifacts, "seal", after(artifacts.seal)),
-}
-
-
-def arm(point: str, number: int) -> None:
-    owner, name, deadly = POINTS[point]
-    original, calls = getattr(owner, name), [0]
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
+    def torn(shard: Shard, entry: dict[str, Any]) -> None:
         calls[0] += 1
-        return (deadly if calls[0] == number else original)(*args, **kwargs)
+        if calls[0] < number:
+            return append(shard, entry)
+        line = json.dumps(entry)
+        shard._file.write(line[: len(line) // 2].encode())
+        os._exit(faults.KILLED)
 
-    setattr(owner, name, counted)
+    Shard._append = torn  # type: ignore[method-assign]
 
 
 def setting_of(base: Path, generation: GenerationConfig) -> Setting:
@@ -90,9 +61,8 @@ def run(args: argparse.Namespace) -> None:
     if not (out / journal.ASKED).exists():
         lines = Path(args.records).read_text().splitlines()
         publish_asked(out, [Record(**json.loads(line)) for line in lines], None)
-    if args.die:
-        point, _, number = args.die.rpartition(":")
-        arm(point, int(number))
+    if args.tear:
+        tear(args.tear)
     server = ServerConfig(**json.loads(args.server))
     generation = GenerationConfig(**json.loads(args.generation), server=server)
     job = Job(out, generation.shard_rows)
@@ -109,8 +79,9 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser()
     for option in ("out", "base", "records"):
         options.add_argument(f"--{option}", required=True)
-    for option, default in (("server", "{}"), ("generation", "{}"), ("engine", "server"), ("die", "")):
+    for option, default in (("server", "{}"), ("generation", "{}"), ("engine", "server")):
         options.add_argument(f"--{option}", default=default)
+    options.add_argument("--tear", type=int, default=0)
     return options
 
 

@@ -85,8 +85,8 @@ def test_a_server_killed_and_started_again(good: Any, serving: Any, driver: Any)
     server.kill()
     time.sleep(1)
     server.start()
-    told, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, told
+    code, told = process.finish(200)
+    assert code == 0, told
     assert content(run.out) == good
 
 
@@ -96,8 +96,8 @@ def test_a_server_killed_for_good(good: Any, serving: Any, driver: Any) -> None:
     process = run.start()
     wait_for(lambda: settled(run.out) > 20)
     server.kill()
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 6, told
+    code, told = process.finish(60)
+    assert code == 6, told
     failed = (run.out / "failed-00000.jsonl").read_text().splitlines()
     assert 0 < len(failed) < ROWS
     assert run.run() == 6
@@ -114,8 +114,8 @@ def test_of_two_servers_one_dies(good: Any, serving: Any, driver: Any) -> None:
     process = run.start()
     wait_for(lambda: settled(run.out) > 20)
     one.kill()
-    told, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, told
+    code, told = process.finish(200)
+    assert code == 0, told
     assert content(run.out) == good
 
 
@@ -127,8 +127,8 @@ def test_the_key_is_nowhere(good: Any, serving: Any, driver: Any, monkeypatch: p
     server = serving(key=canary, rules=[{"fault": "400", "at": [30]}, {"fault": status, "from": 60}])
     run = driver("key", urls=[server.url], api_key_env="SOME_KEY")
     process = run.start()
-    told = process.communicate(timeout=30)[0]
-    assert process.returncode == 6
+    code, told = process.finish(30)
+    assert code == 6
     assert status in told
     monkeypatch.setenv("SOME_KEY", canary + "-wrong")
     began = time.monotonic()
@@ -152,8 +152,8 @@ def test_a_signal_ends_with_75(good: Any, serving: Any, driver: Any, number: sig
     process = run.start()
     wait_for(lambda: settled(run.out) > 20)
     os.kill(process.pid, number)
-    told, _ = process.communicate(timeout=20)
-    assert process.returncode == 75, told
+    code, told = process.finish(20)
+    assert code == 75, told
     assert told.count("\n") == 1
     assert run.run() == 0, run.told
     assert content(run.out) == good

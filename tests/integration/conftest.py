@@ -75,12 +75,13 @@ WARM.set_forkserver_preload(["draftsmith.training.fit", "transformers.models.lla
 
 
 class Fork:
-    """A process of its own that is `python -m draftsmith.<verb>` but for the time that importing takes."""
+    """A process of its own that is `python -m draftsmith.<verb>` but for the time that importing takes. verb: or a file
+    that is run in its place."""
 
     def __init__(self, verb: str, *overrides: str, cwd: Path, **environment: str) -> None:
         self.output = tempfile.NamedTemporaryFile("r")  # noqa: SIM115 (as long as this)
         order = {
-            "module": f"draftsmith.{verb}",
+            "module": verb if verb.endswith(".py") else f"draftsmith.{verb}",
             "arguments": overrides,
             "cwd": str(cwd),
             "environment": environment_of(cwd, environment),

@@ -19,6 +19,7 @@ import lightning as L
 import torch
 from safetensors.torch import save_file
 
+from draftsmith.artifacts import tensors_sha256
 from draftsmith.base import create, pieces
 from draftsmith.base.lm import BaseLM, load
 from draftsmith.base.settings import LoraConfig
@@ -67,7 +68,8 @@ class Case:
     clip: float | None = 0.05
     masked: bool = False  # the rows that the second of two processes reads teach nothing
     every: int = 99  # steps between checkpoints
-    fault: str = ""  # hang: the second process, in step 4 | full: the first one's disk, after step 4
+    fault: str = ""  # hang: the second process, in step 4 | full: the first one's disk, after step 4 | inf: a loss of
+    # the second one, in step 4
     timeout: float = 60
 
 
@@ -87,6 +89,7 @@ CASES = {
     **{f"long-{s}": Case(s, steps=60, every=5) for s in ("zero2", "ddp")},
     "hang": Case("zero2", fault="hang", timeout=8),
     "full": Case("ddp", fault="full", every=2),
+    **{f"inf-{s}": Case(s, fault="inf", every=2) for s in ("ddp", "zero2")},
     **{f"half-{s}": Case(s, stop=9) for s in ("single", "ddp", "zero1", "zero2", "zero3")},
 }
 
@@ -125,7 +128,12 @@ def settings_of(case: Case, world: int) -> Settings:
     )
     return Settings(
         TrainerConfig(
-            max_steps=case.steps, devices=world, accumulate=case.accumulate, log_every=1, checkpoint_every=case.every
+            max_steps=case.steps,
+            devices=world,
+            accumulate=case.accumulate,
+            log_every=1,
+            checkpoint_every=case.every,
+            skip_nonfinite=int(case.fault == "inf" and not stage),
         ),
         chosen,
         OptimizerConfig(lr=case.lr, weight_decay=0.01, clip=case.clip, clip_scope="global"),
@@ -199,6 +207,8 @@ def train(folder: Path, name: str, run: str | None = None, watch: processes.Watc
         more.append(Hang(folder / "hanging"))
     if case.fault == "full":
         checkpoint.save = full  # type: ignore[assignment]
+    if case.fault == "inf" and processes.place().rank == 1:
+        head.loss = infinite(head.loss, call=4 * case.accumulate)  # type: ignore[method-assign]
     with contextlib.suppress(Interrupted):
         fit.fit(
             base,
@@ -214,12 +224,16 @@ def train(folder: Path, name: str, run: str | None = None, watch: processes.Watc
             deepspeed=engine,
             watch=watch,
         )
+    weights: list[Any] = [None] * world
+    if world > 1:
+        torch.distributed.all_gather_object(weights, tensors_sha256(head.state_dict()))
+        assert len(set(weights)) == 1, "the processes hold other weights"
     result = {"norms": norms.norms, "base": [before, base.weights_sha256()]}
     if cutter is not None:
         result["local"] = _local(base)
     if processes.is_first():
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        result["losses"] = [line["train/head/loss"] for line in lines]
+        result["losses"] = [line["train/head/loss"] for line in lines if "train/head/loss" in line]
         result["validation"] = [v for line in lines if (v := line.get("validation/head/loss")) is not None]
         tensors = {k: v.detach().clone().contiguous() for k, v in head.state_dict().items()}
         if base.adapter is not None:
@@ -260,6 +274,20 @@ class Hang(L.Callback):
         if trainer.global_rank == 1 and pl_module.done(idx) == 4:
             self.sign.touch()
             time.sleep(600)
+
+
+def infinite(loss: Any, call: int) -> Any:
+    """A head's loss with an infinite constant in one call."""
+    calls = [0]
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        out = loss(*args, **kwargs)
+        calls[0] += 1
+        if calls[0] == call:
+            out.sum = out.sum + float("inf")
+        return out
+
+    return called
 
 
 def full(folder: Path, step: int, *args: Any, **kwargs: Any) -> Path:

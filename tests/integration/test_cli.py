@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draftsmith import config
+from draftsmith import claims, config
 from draftsmith.artifacts import file_sha256
 from draftsmith.errors import ConfigError
 
@@ -99,7 +99,7 @@ PATIENCE = 4  # a busy test machine may be this much slower than the 3 s promise
         (["data.path=nowhere.jsonl"], 3, "nowhere.jsonl: no such file or folder"),
         (["base.path=nowhere"], 3, "nowhere"),
         (["data.length=16"], 3, "rows.jsonl:1: "),
-        (["run_dir=/proc/draftsmith/run"], 5, "/proc/draftsmith/run: cannot write"),
+        (["run_dir=/proc/draftsmith/run"], 5, "run_dir: /proc/draftsmith/run cannot be written"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else None,
 )
@@ -142,7 +142,7 @@ def test_a_run_directory_never_mixes_two_runs(training: list[str], tmp_path: Pat
     assert "to go on, say data.batch_size=1 trainer.accumulate=1, or choose another run_dir" in output
     three = config.compose("train", [*more, "trainer.devices=3"])
     with pytest.raises(ConfigError, match="2 packs divide by 1, 2 processes, not by 3; start so many"):
-        config.claim(three, tmp_path / "run")
+        claims.claim(three, tmp_path / "run")
 
 
 def test_rows_that_changed_are_not_resumed_on(micro: Path, training: list[str], tmp_path: Path) -> None:

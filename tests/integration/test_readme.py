@@ -40,6 +40,8 @@ def test_every_verb_and_choice_in_the_docs_exists() -> None:
 
     groups = {p.name for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name != "__pycache__"}
     for page in PAGES:
+        if page.name == "errors.md":  # it quotes what is mistyped; a test of its own holds it to the truth
+            continue
         text = page.read_text()
         for verb in re.findall(r"`draftsmith ([a-z]\w*)", text):
             assert verb in VERBS, f"{page.name}: {verb}"

@@ -12,7 +12,7 @@ from draftsmith.contracts import Needs
 from draftsmith.decoding import goodness
 from draftsmith.decoding.policies.beam import Beam
 from draftsmith.decoding.policies.by_probability import ByProbability
-from draftsmith.errors import ConfigError
+from draftsmith.errors import ConfigError, DataError
 from draftsmith.heads.medusa import Medusa, MedusaConfig
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [3, 4, 5, 6, 7, 8, 9, 10]]
@@ -186,7 +186,7 @@ def test_a_tuned_head_drafts_what_was_found_best_unless_told_otherwise(
     assert default == auto == ByProbability(9, 2, 4)
     assert (depth.nodes, paths.nodes, named) == (2, 2, Beam(4, 3))
     head.said = {"tuned": {"tree": {"kind": "eagle3"}}}
-    with pytest.raises(ConfigError, match="kind='eagle3': choose"):
+    with pytest.raises(DataError, match="kind='eagle3': choose"):
         generate(base, PROMPT, head=head)
 
 

@@ -218,7 +218,10 @@ def test_what_was_never_published(tmp_path: Path) -> None:
 
 
 def test_write_json_replaces_or_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "sub" / "a.json"
+    path = tmp_path / "a.json"
+    with pytest.raises(ResourceError, match="bring the folder back, which is gone"):
+        artifacts.write_json(tmp_path / "sub" / "a.json", 1)
+    assert not (tmp_path / "sub").exists()
     artifacts.write_json(path, {"b": 1, "a": Path("x")})
     assert json.loads(path.read_text()) == {"b": 1, "a": "x"}
     assert artifacts.read_json(path) == {"b": 1, "a": "x"}

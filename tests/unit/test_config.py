@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from draftsmith import config, errors
 from draftsmith.errors import ConfigError
@@ -217,49 +217,6 @@ def test_a_key_that_only_begins_like_a_machine_key_counts() -> None:
 
 def test_flat() -> None:
     assert dict(config.flat({"a": {"b": 1, "c": {}}, "d": [1, {"e": 2}]})) == {"a.b": 1, "a.c": {}, "d": [1, {"e": 2}]}
-
-
-def test_claim_accepts_the_same_run_and_names_what_differs(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    cfg = config.compose("train", [f"run_dir={folder}"])
-    config.claim(cfg, folder)
-    assert [p.name for p in folder.iterdir()] == ["config.yaml"]
-    stored = (folder / "config.yaml").read_text()
-    assert str(tmp_path) not in stored
-    config.claim(cfg, folder)
-    config.claim(config.compose("train", ["run_dir=elsewhere", "trainer.log_every=3", "debug=true"]), folder)
-    with pytest.raises(ConfigError) as caught:
-        config.claim(config.compose("train", ["seed=7", "optimizer.lr=0.5"]), folder)
-    assert "seed: 0 -> 7" in str(caught.value)
-    assert "optimizer.lr: 0.001 -> 0.5" in str(caught.value)
-    assert "data" not in str(caught.value).replace(str(tmp_path), "")
-    assert (folder / "config.yaml").read_text() == stored
-
-
-def test_a_run_goes_on_that_is_older_than_a_key_which_is_off(tmp_path: Path) -> None:
-    assert run_name("experiment=quickstart") == "runs/quickstart-0f006be9"  # as it was before there were such keys
-    cfg = config.compose("train")
-    old = cfg.copy()
-    with open_dict(old):
-        del old.base.fake, old.base.shape, old.data.one_batch, old.logger
-    config.claim(old, tmp_path)
-    config.claim(cfg, tmp_path)
-    with pytest.raises(ConfigError, match=r"data\.one_batch: None -> True"):
-        config.claim(config.compose("train", ["data.one_batch=true"]), tmp_path)
-
-
-def test_a_stored_configuration_is_the_same_run(tmp_path: Path) -> None:
-    """Through yaml and back, small floats and empty groups included."""
-    cfg = config.compose("train", ["optimizer.lr=3e-7", "+optimizer.heads.medusa.lr=1e-5"])
-    config.claim(cfg, tmp_path)
-    again = OmegaConf.load(tmp_path / "config.yaml")
-    assert config.identity(again) == config.identity(cfg)
-
-
-def test_claim_where_nothing_can_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(errors.ResourceError, match="run"):
-        config.claim(config.compose("train"), tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize(

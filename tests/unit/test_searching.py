@@ -58,7 +58,7 @@ def test_choices_count_alone_and_may_be_lists() -> None:
         ({"low": 2, "high": 1}, "low=2, high=1: give two numbers in order"),
         ({"low": 1}, "low=1, high=None"),
         ({"low": True, "high": 2}, "give two numbers"),
-        ({"low": 1, "high": float("inf")}, "give two numbers"),
+        ({"low": 1, "high": float("inf")}, "high: give a number that is finite"),
         ({"low": 0, "high": 1, "log": True}, "give a low above 0"),
         ({"low": 1, "high": 8, "log": True, "step": 2}, "and no step"),
         ({"low": 1, "high": 8, "step": 0.5}, "low and high are whole numbers"),

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from draftsmith import artifacts, config, prepare, sweep
-from draftsmith.errors import ConfigError, DataError, Diverged, Interrupted, NumericsError
+from draftsmith.errors import ConfigError, DataError, Diverged, Interrupted, NumericsError, OutOfMemory
 
 pytest.importorskip("optuna")
 STEPS = 6
@@ -42,6 +42,8 @@ class Trainer:
         for idx in range(start, STEPS):
             if cfg.optimizer.lr > 0.05:
                 raise Diverged(f"{head}: gradient norm inf in step {idx + 1}")
+            if cfg.optimizer.lr == 0.02:
+                raise OutOfMemory("train: step 1, a batch of 2 x 64 tokens: out of memory")
             if cfg.optimizer.lr == 0.03:
                 raise MemoryError("too large for this device")
             value = 1 + (idx + 1) * cfg.optimizer.lr * (2 if head == "medusa" else 3)
@@ -142,11 +144,13 @@ def test_equal_values_are_one_run(trainer: Trainer, tmp_path: Path) -> None:
 
 
 def test_a_trial_that_fails_is_told_and_passed_over(trainer: Trainer, tmp_path: Path) -> None:
-    space = {"optimizer.lr": {"choices": [0.01, 0.03, 0.09]}, "heads.medusa.loss_weights": {"choices": [None, [1, 1]]}}
-    found = sweep.run(asked(tmp_path / "some", "compare=[medusa]", "pruner.kind=none", trials=12, space=space))
+    weights = {"choices": [None, [1, 1]]}
+    space = {"optimizer.lr": {"choices": [0.01, 0.02, 0.03, 0.09]}, "heads.medusa.loss_weights": weights}
+    found = sweep.run(asked(tmp_path / "some", "compare=[medusa]", "pruner.kind=none", trials=16, space=space))
     failed = [t["reason"] for t in found["trials"] if t["state"] == "failed"]
     assert any("gradient norm inf in step 1" in reason for reason in failed)
     assert any("2 weights for num_heads=3" in reason for reason in failed)
+    assert any(reason == "train: step 1, a batch of 2 x 64 tokens: out of memory" for reason in failed)
     assert any(reason == "MemoryError: too large for this device" for reason in failed)
     assert any(t["state"] == "complete" for t in found["trials"])
     with pytest.raises(NumericsError, match=r"no trial was complete.*gradient norm inf"):

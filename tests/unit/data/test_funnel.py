@@ -77,10 +77,10 @@ def test_settling(tmp_path: Path, taken: int, refused: int, on_bad: str, says: s
         for n in range(refused):
             funnel.refuse(RowError(f"f:{n}", "role", f"why{n}"))
         if says is None:
-            funnel.settle(on_bad)
+            funnel.settle(on_bad, {"a": SourceConfig(path="a.jsonl")})
         else:
             with pytest.raises(DataError, match=says):
-                funnel.settle(on_bad)
+                funnel.settle(on_bad, {"a": SourceConfig(path="a.jsonl")})
     assert len(quarantined(funnel.path)) == refused
 
 

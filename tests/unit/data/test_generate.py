@@ -365,6 +365,11 @@ ASKED = [
 ]
 
 
+def opened(out: Path) -> Shard:
+    out.mkdir(exist_ok=True)
+    return Shard(out, 0, keyed(ASKED)).open()
+
+
 @pytest.fixture
 def shard(tmp_path: Path, tokenizer: Any, tiny_base: Any) -> Any:
     """shard(name, …) answers ASKED in a folder of that name and returns the published file."""
@@ -372,7 +377,7 @@ def shard(tmp_path: Path, tokenizer: Any, tiny_base: Any) -> Any:
 
     def of(name: str, start: Shard | None = None, generate: Any = base.answer, **settings: Any) -> Path:
         generation = GenerationConfig(**{"max_new_tokens": 8, "batch_size": 3, **settings})
-        made = start or Shard(tmp_path / name, 0, keyed(ASKED)).open()
+        made = start or opened(tmp_path / name)
         answered: list[int] = []
         setting = Setting(tokenizer, base.eos_ids, base.spec.max_positions, generation)
         answer_shard(made, setting, generate, answered.append)
@@ -434,19 +439,19 @@ def test_a_resumed_shard_ends_with_the_same_bytes(
 
     shard("listened", temperature=temperature, generate=listening)
     uninterrupted, calls = calls, []
-    begun = Shard(tmp_path / "resumed", 0, keyed(ASKED)).open()
+    begun = opened(tmp_path / "resumed")
     for n in done:
         key = begun.items[n][0]
         begun.settle(key, [Row(**rows[key])])
     begun.close()
-    again = shard("resumed", Shard(tmp_path / "resumed", 0, keyed(ASKED)).open(), listening, temperature=temperature)
+    again = shard("resumed", opened(tmp_path / "resumed"), listening, temperature=temperature)
     assert again.read_bytes() == whole.read_bytes()
     assert all(call in uninterrupted for call in calls)
 
 
 def test_a_shard_that_is_all_journaled_asks_nothing(shard: Any, tmp_path: Path) -> None:
     rows = {row["id"]: row for row in lines(shard("whole"))}
-    begun = Shard(tmp_path / "resumed", 0, keyed(ASKED)).open()
+    begun = opened(tmp_path / "resumed")
     for key, _ in begun.items:
         if key in rows:
             begun.settle(key, [Row(**rows[key])])

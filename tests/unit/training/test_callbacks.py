@@ -75,14 +75,11 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "_exit", left.append)
     callback = Checkpoints(tmp_path, 10, 2, {})
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    callback.on_train_start(None, None)  # type: ignore[arg-type]
-    try:
+    with callback.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         assert (callback.asked, left) == (signal.SIGTERM, [])  # the first one only leaves a note
         os.kill(os.getpid(), signal.SIGINT)
         assert left == [75]
-    finally:
-        callback.on_train_end(None, None)  # type: ignore[arg-type]
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
     assert os.listdir(tmp_path) == []
 
@@ -90,6 +87,6 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path, monkeypatch: pytest.Monk
 def test_handlers_go_back_after_an_exception(tmp_path: Path) -> None:
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
     callback = Checkpoints(tmp_path, 10, 2, {})
-    callback.on_train_start(None, None)  # type: ignore[arg-type]
-    callback.on_exception(None, None, ZeroDivisionError())  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError), callback.listening():
+        raise ZeroDivisionError
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before

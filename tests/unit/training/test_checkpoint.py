@@ -186,6 +186,7 @@ def test_an_unsealed_folder_is_none(base: BaseLM, tmp_path: Path) -> None:
 
 def test_moved_elsewhere_it_still_loads(base: BaseLM, tmp_path: Path) -> None:
     heads, optimizer = setup(base, 0, 1, **TWO)
+    (tmp_path / "here").mkdir()
     checkpoint.save(tmp_path / "here", 2, found(heads, optimizer), keep=2, ties=TIES)
     shutil.move(tmp_path / "here", tmp_path / "there")
     loaded, warnings = checkpoint.load_last(tmp_path / "there")
