@@ -7,6 +7,7 @@ torch.load nor pathlib.Path.write_text is. Here it goes the other way round: wha
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,10 @@ def hydra() -> None:
 
     modules: tuple[Any, ...] = (logging_config, _instantiate2)
     for module in modules:
+        if hasattr(module._authorize_target_name, "__wrapped__"):  # by an earlier command of this process
+            continue
 
+        @functools.wraps(module._authorize_target_name)
         def checked(name: str, *rest: Any, ask: Callable[..., None] = module._authorize_target_name) -> None:
             if not MAKES.fullmatch(name):
                 raise ConfigError(f"hydra: '{name}' is not allowed; only Hydra's own plugins and log handlers are")

@@ -207,6 +207,7 @@ def test_a_disk_that_is_too_small_is_known_at_once(
     """(What shutil.disk_usage says is patched.)"""
 
     class Usage(NamedTuple):
+        total: int = 10**9
         free: int = 10
 
     place = tmp_path / "new" / "out"

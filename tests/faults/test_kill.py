@@ -17,7 +17,7 @@ from .conftest import ROWS, account, content, rows_of, torn
 
 pytestmark = pytest.mark.faults
 
-KILLS = int(os.environ.get("DRAFTSMITH_KILLS", "3"))
+KILLS = int(os.environ.get("DRAFTSMITH_KILLS", "2"))
 
 
 def report(capsys: Any, text: str) -> None:

@@ -110,6 +110,10 @@ def test_a_reader_that_trusts_them_writes_the_canary(tmp_path: Path, monkeypatch
     written("yaml", lambda c: yaml.unsafe_load(bad.yaml_tag(c)))
     for name, text in bad.TEMPLATES.items():
         written(name, lambda c, text=text: jinja2.Environment().from_string(text(c)).render(messages=[{}]))
+    from hydra._internal.instantiate import _instantiate2
+
+    asks = _instantiate2._authorize_target_name  # ours, where a command ran in this process before
+    monkeypatch.setattr(_instantiate2, "_authorize_target_name", getattr(asks, "__wrapped__", asks))
     for name, node in bad.INSTANTIATED.items():
         written(name, lambda c, node=node: hydra.utils.instantiate(node(c, tmp_path)))
     written("shell", lambda c: subprocess.run(f"true {bad.words(c)}", shell=True, stderr=subprocess.DEVNULL))

@@ -107,6 +107,7 @@ def test_a_server_killed_for_good(good: Any, serving: Any, driver: Any) -> None:
     assert content(run.out) == good
 
 
+@pytest.mark.slow
 def test_of_two_servers_one_dies(good: Any, serving: Any, driver: Any) -> None:
     one = serving(rules=[{"fault": "slow", "mean": 0.05}])
     two = serving(rules=[{"fault": "slow", "mean": 0.05}])
@@ -119,7 +120,9 @@ def test_of_two_servers_one_dies(good: Any, serving: Any, driver: Any) -> None:
     assert content(run.out) == good
 
 
-@pytest.mark.parametrize("status", ["401", "403", "404"])
+@pytest.mark.parametrize(
+    "status", ["401", *(pytest.param(status, marks=pytest.mark.slow) for status in ("403", "404"))]
+)
 def test_the_key_is_nowhere(good: Any, serving: Any, driver: Any, monkeypatch: pytest.MonkeyPatch, status: str) -> None:
     """Refused in the midst of a run: it stops, and no file and no output holds the key."""
     canary = "canary-5f2e"
@@ -145,7 +148,7 @@ def test_the_key_is_nowhere(good: Any, serving: Any, driver: Any, monkeypatch: p
     assert account(run.out)["quarantined"] <= 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_with_75(good: Any, serving: Any, driver: Any, number: signal.Signals) -> None:
     server = serving(rules=[{"fault": "slow", "mean": 0.05}])
     run = driver("signalled", urls=[server.url])

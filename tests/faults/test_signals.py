@@ -98,7 +98,7 @@ def test_twice_leaves_at_once(command: list[str], whole: str, tmp_path: Path) ->
     goes_on(command, tmp_path, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_whole_process_group_with_a_loaders_worker(
     command: list[str], whole: str, tmp_path: Path, number: int
 ) -> None:

@@ -123,6 +123,7 @@ def test_it_resumes_says_when_it_is_complete_and_refuses_another_plan(folder: Pa
 def test_a_full_disk_is_refused_before_anything_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage(NamedTuple):
         free: int
+        total: int = 10**9
 
     monkeypatch.setattr("draftsmith.room.shutil.disk_usage", lambda path: Usage(1000))
     code, output = captures(folder, "nowhere")

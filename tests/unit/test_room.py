@@ -46,6 +46,7 @@ def test_sizes_for_people(count: float, said: str) -> None:
 def test_a_ready_folder_is_empty_and_a_small_disk_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage(NamedTuple):
         free: int = 999
+        total: int = 10**9
 
     room.ready(tmp_path / "a" / "b", "out", 1)
     assert list((tmp_path / "a" / "b").iterdir()) == []
@@ -56,6 +57,8 @@ def test_a_ready_folder_is_empty_and_a_small_disk_leaves_none(tmp_path: Path, mo
     told = f"out: {tmp_path / 'c' / 'd'} needs 1.0 kB, has 999 bytes; free space there, or say less"
     assert (str(caught.value), caught.value.exit_code) == (told, 5)
     assert not (tmp_path / "c").exists()
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(free=0, total=0))
+    room.ready(tmp_path / "c" / "d", "out", 1000)  # a file system that tells nothing
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
