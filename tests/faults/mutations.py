@@ -152,11 +152,11 @@ GUARDS = [
         f"{FAULTS}/test_bad_inputs.py::test_it_ends_as_documented[all tokens masked]",
     ),
     Guard(
-        "order and randomness are the step's",
+        "randomness is the step's and the head's",
         "training/module.py",
         "with rekeyed(self.seed, step, part, self.global_rank, name), autocast:",
         "with autocast:",
-        f"{FIT}::test_resume_from_every_checkpoint_is_bit_equal",
+        f"{FIT}::test_randomness_is_the_step_s_and_the_head_s",
     ),
     Guard(
         "a first signal saves",
