@@ -13,14 +13,15 @@ set -euo pipefail
 cd -- "$root"
 index=${PIP_INDEX_URL:-$("$VENV/bin/python" -m pip config get global.index-url 2>/dev/null || true)}
 "$VENV/bin/python" - "${index:-}" >requirements.lock.tmp <<'PY' || { rm -f requirements.lock.tmp; exit 1; }
-import json, re, sys, tomllib, urllib.request
+import json, re, sys, urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import distribution
 
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_sdist_filename, parse_wheel_filename
 from packaging.version import Version
 from pip._internal.models.index import PyPI
+
+sys.path.insert(0, "scripts")
+from needed import needed
 
 HEADER = """\
 # What the developer's set may be installed from: draftsmith[dev] and all that it needs, by version and sha256.
@@ -33,27 +34,6 @@ HEADER = """\
 index = (sys.argv[1] or PyPI.simple_url).rstrip("/")
 pins = dict(re.findall(r"^([\w.-]+)==(\S+)", open("constraints.txt").read(), re.M))
 names = {canonicalize_name(name): name for name in pins}
-
-
-def needed():
-    """The distributions of the core and the dev extra here, as their own metadata tells."""
-    project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-    todo = [Requirement(r) for r in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
-    seen = set()
-    while todo:
-        r = todo.pop()
-        key = (canonicalize_name(r.name), frozenset(r.extras))
-        if key in seen:
-            continue
-        seen.add(key)
-        for text in distribution(r.name).requires or []:
-            more = Requirement(text)
-            of_a_build = key[0] == "torch" and canonicalize_name(more.name) not in names  # triton, CUDA
-            if not of_a_build and (
-                more.marker is None or any(more.marker.evaluate({"extra": e}) for e in {"", *r.extras})
-            ):
-                todo.append(more)
-    return sorted({name for name, _ in seen} - {"torch"})
 
 
 def version_of(file):
@@ -75,7 +55,7 @@ def hashes(name):
     return sorted({sha for file, sha in files if sha and version_of(file) == wanted})
 
 
-found = needed()
+found = sorted(needed(["dev"], names) - {"torch"})
 if bare := [name for name in found if name not in names]:
     sys.exit(f"lock: constraints.txt does not pin {', '.join(bare)}")
 with ThreadPoolExecutor(8) as pool:

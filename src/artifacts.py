@@ -96,36 +96,27 @@ def write_json(path: Path, value: Any) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Replaces the file at once: a reader sees the old content or the new. Its folder must be there, so that one that
     is removed while it is written does not come back with half of what it held."""
-    with disk(path, path.name):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(content)
-            replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with whole(path) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A file to fill, of the same suffix, that gets its name once it is all there."""
+    """A file to fill, in the same folder and of the same suffix, that gets its name once it is all there and synced:
+    whoever sees the name sees all of it."""
     temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
     with disk(path, path.name):
         try:
             yield temporary
-            replace(temporary, path)
+            faults.point("file.written")
+            _sync(temporary)
+            faults.point("file.synced")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+            faults.point("file.named")
+            _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def replace(temporary: Path, target: Path) -> None:
-    """Moves a finished file to its final name in the same folder, synced: whoever sees the name sees all of it."""
-    faults.point("file.written")
-    _sync(temporary)
-    faults.point("file.synced")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, target)
-    faults.point("file.named")
-    _sync(target.parent)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], told: Mapping[str, str] | None = None) -> None:

@@ -8,7 +8,6 @@ way keeps its number, its values and its checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import sqlite3
 import time
@@ -229,15 +228,13 @@ def opened(path: Path, name: str, pruned: PrunerConfig) -> optuna.Study:
     except ImportError:
         raise ConfigError("sweep: needs Optuna; pip install 'draftsmith[sweep]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with artifacts.disk(path, "the study"):
-        if not path.exists():
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.unlink(missing_ok=True)
+    if not path.exists():
+        with artifacts.whole(path) as temporary:
+            temporary.unlink(missing_ok=True)  # of a killed process that had this one's number
             storage = optuna.storages.RDBStorage(f"sqlite:///{temporary.resolve()}")
             optuna.create_study(storage=storage, study_name=name, direction="maximize")
             storage.remove_session()
             storage.engine.dispose()
-            os.replace(temporary, path)
     try:
         with sqlite3.connect(path) as found:
             sound = found.execute("pragma quick_check").fetchone() == ("ok",)

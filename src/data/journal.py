@@ -360,11 +360,8 @@ def tidy(out: Path) -> None:
 
 def write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
     """JSON lines, whole or absent."""
-    with artifacts.disk(path, path.name):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "w") as f:
-            f.writelines(json.dumps(v, ensure_ascii=False) + "\n" for v in values)
-        artifacts.replace(temporary, path)
+    with artifacts.whole(path) as temporary, open(temporary, "w") as f:
+        f.writelines(json.dumps(v, ensure_ascii=False) + "\n" for v in values)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,13 +74,8 @@ def write_shard(path: Path, table: pa.Table) -> None:
     """The table as one parquet file, whole or absent; equal tables give equal bytes."""
     import pyarrow.parquet as pq
 
-    with artifacts.disk(path, path.name):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            pq.write_table(table, temporary, compression="zstd")
-            artifacts.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with artifacts.whole(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def write_rows(folder: Path, rows: Iterable[Row], **facts: Any) -> int:
@@ -233,13 +227,17 @@ def verified(folder: Path, spec: BaseSpec | None = None) -> dict[str, Any]:
     return facts
 
 
+def cure_of_store(folder: Path) -> str:
+    """What makes a damaged store whole again."""
+    return f"delete it and every {artifacts.MANIFEST} there; the same draftsmith capture … out={folder} makes it again"
+
+
 def _cure(folder: Path) -> str:
     """What makes a damaged folder of rows or labels whole again."""
     if (folder / "plan.json").is_file():
         return f"delete it and {artifacts.MANIFEST}; the same draftsmith label … out={folder} makes it again"
-    if folder.name == "rows" and (store := folder.parent / "plan.json").is_file():
-        again = f"the same draftsmith capture … out={store.parent} makes it again"
-        return f"delete it and every {artifacts.MANIFEST} there; {again}"
+    if folder.name == "rows" and (folder.parent / "plan.json").is_file():
+        return cure_of_store(folder.parent)
     made = f"the same draftsmith distill … out={folder}" if (folder / "asked").is_dir() else "the same command"
     return f"delete {folder}; {made} makes it again"
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from draftsmith import artifacts, config
 from draftsmith.artifacts import fingerprint
 from draftsmith.contracts import BaseSpec, BaseView, Capture, Needs
-from draftsmith.data.rows import Rows, read_folder
+from draftsmith.data.rows import Rows, cure_of_store, read_folder
 from draftsmith.errors import ConfigError, DataError
 
 PLAN, ROWS = "plan.json", "rows"
@@ -288,8 +288,7 @@ def _kept(told: Mapping[str, Any], path: Path, spec: BaseSpec) -> Kept:
 
 def verify(folder: Path) -> None:
     """DataError unless every file of the store is as its manifest says, and no other shard lies there."""
-    cure = f"delete it and every {artifacts.MANIFEST} there; the same draftsmith capture … out={folder} makes it again"
-    facts = artifacts.verify(folder, cure=cure)
+    facts = artifacts.verify(folder, cure=cure_of_store(folder))
     if facts.get("kind") != "store":
         raise DataError(f"{folder}: holds {facts.get('kind') or 'something else'}, not a store")
     stray = sorted(p.name for p in folder.glob("captures-*") if p.name not in facts["files"])

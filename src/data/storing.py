@@ -185,16 +185,11 @@ class Job:
             for name, values in self.captured(part).items():
                 made[name][part.to_P] = values
         path = self.out / shard_name(number)
-        for litter in self.out.glob(f".{path.name}.*.tmp"):
+        for litter in self.out.glob(f".{path.stem}.tmp-*"):  # nobody else writes this shard, on whatever machine
             litter.unlink(missing_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with artifacts.whole(path) as temporary:
             artifacts.write_tensors(temporary, made, {"store": store.mark(self.plan, number)})
             faults.point("store.made")
-            with artifacts.disk(path, path.name):
-                artifacts.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def run(self, say: Callable[[str], None]) -> None:
         todo = self.missing(self.mine)

@@ -60,6 +60,24 @@ def harmed(what: str, kind: str, harm: Harm, says: str, *changes: str, verb: str
     return Bad(what, 3, says, make, verb)
 
 
+def damaged(make: Callable[[str, Harm, str], Bad], file: str, shown: str, cure: str) -> list[Bad]:
+    """What may befall a shard whose manifest stays as it was. shown: what the message calls it."""
+    was = "manifest.json says … bytes, sha256 …; its own is …"
+    return [
+        make("a shard cut by a byte", lambda f: cut(f / file), f"{shown}: … bytes, {was}; {cure}"),
+        make(
+            "a byte of a shard flipped",
+            lambda f: flip(f / file),
+            f"{shown}: content differs from the sha256 in manifest.json (…, not …; … bytes); {cure}",
+        ),
+        make(
+            "a shard deleted",
+            lambda f: (f / file).unlink(),
+            f"{shown}: listed in manifest.json but missing (… bytes, sha256 …); {cure}",
+        ),
+    ]
+
+
 # --- folders of rows
 
 DISTIL = "delete …/rowsdir; the same draftsmith distill … out=…/rowsdir makes it again"
@@ -98,21 +116,7 @@ def int32s(change: Callable[[list[list[int]]], Any], of: str = "int32") -> Calla
 
 
 ROWS = [
-    rows(
-        "a shard cut by a byte",
-        lambda f: cut(f / FIRST),
-        f"{SHARD}: … bytes, manifest.json says … bytes, sha256 …; its own is …; {DISTIL}",
-    ),
-    rows(
-        "a byte of a shard flipped",
-        lambda f: flip(f / FIRST),
-        f"{SHARD}: content differs from the sha256 in manifest.json (…, not …; … bytes); {DISTIL}",
-    ),
-    rows(
-        "a shard deleted",
-        lambda f: (f / FIRST).unlink(),
-        f"{SHARD}: listed in manifest.json but missing (… bytes, sha256 …); {DISTIL}",
-    ),
+    *damaged(rows, FIRST, SHARD, DISTIL),
     rows(
         "a shard emptied",
         lambda f: (f / FIRST).write_bytes(b""),
@@ -227,21 +231,7 @@ def plan(change: Callable[[Any], Any]) -> Harm:
 
 
 STORES = [
-    store(
-        "a shard cut by a byte",
-        lambda f: cut(f / CAPTURES),
-        f"{CAP}: … bytes, manifest.json says … bytes, sha256 …; its own is …; {CAPTURE}",
-    ),
-    store(
-        "a byte of a shard flipped",
-        lambda f: flip(f / CAPTURES),
-        f"{CAP}: content differs from the sha256 in manifest.json (…, not …; … bytes); {CAPTURE}",
-    ),
-    store(
-        "a shard deleted",
-        lambda f: (f / CAPTURES).unlink(),
-        f"{CAP}: listed in manifest.json but missing (…); {CAPTURE}",
-    ),
+    *damaged(store, CAPTURES, CAP, CAPTURE),
     store(
         "a shard too many",
         lambda f: shutil.copy(f / CAPTURES, f / "captures-00007.safetensors"),
@@ -339,21 +329,7 @@ def labels(what: str, harm: Harm, says: str) -> Bad:
 
 
 LABELS = [
-    labels(
-        "a shard cut by a byte",
-        lambda f: cut(f / FIRST),
-        f"…/labels/{FIRST}: … bytes, manifest.json says … bytes, sha256 …; its own is …; {LABEL}",
-    ),
-    labels(
-        "a byte of a shard flipped",
-        lambda f: flip(f / FIRST),
-        f"…/labels/{FIRST}: content differs from the sha256 in manifest.json (…); {LABEL}",
-    ),
-    labels(
-        "a shard deleted",
-        lambda f: (f / FIRST).unlink(),
-        f"…/labels/{FIRST}: listed in manifest.json but missing (…); {LABEL}",
-    ),
+    *damaged(labels, FIRST, f"…/labels/{FIRST}", LABEL),
     labels(
         "manifest cut off",
         lambda f: cut(f / "manifest.json", 30),

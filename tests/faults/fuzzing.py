@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
@@ -164,17 +165,24 @@ def with_change(folder: Path, to: Path, change: tuple[str, bytes], *, seal: str 
     return to
 
 
-def tiny(maker: Any, folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def micro(micro_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the smallest base, base/, as tests/conftest.py makes it."""
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     shape |= {"num_key_value_heads": 1, "max_position_embeddings": 128, "tie_word_embeddings": False}
-    return maker(folder, shape, rows=4)
+    return micro_maker(tmp_path_factory.mktemp("micro"), shape, rows=4)
 
 
-def loaded(folder: Path) -> Any:
+@pytest.fixture(scope="module")
+def base(micro: Path) -> Any:
     from draftsmith.base import lm
 
-    return lm.load(str(folder / "base"))
+    return lm.load(str(micro / "base"))
 
 
 SAID = {"role": "user", "content": "héllo 😀"}

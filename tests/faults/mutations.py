@@ -42,8 +42,8 @@ GUARDS = [
     Guard(
         "fsync of a file before it is renamed",
         "artifacts.py",
-        '    _sync(temporary)\n    faults.point("file.synced")',
-        '    faults.point("file.synced")',
+        '            _sync(temporary)\n            faults.point("file.synced")',
+        '            faults.point("file.synced")',
         f"{ARTIFACTS}::test_everything_is_on_the_disk_before_it_has_its_name",
     ),
     Guard(

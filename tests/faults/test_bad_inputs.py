@@ -15,21 +15,13 @@ from typing import Any
 import pytest
 
 from draftsmith import config
+from tests.integration.conftest import SHAPE
 
 from .bad_inputs import PAGE, TABLE, page
 from .bad_kinds import Bad, World
 
 pytestmark = pytest.mark.faults
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-}
 QUICK = ["data.length=64", "data.batch_size=2", "trainer.threads=1", "trainer.epochs=null", "trainer.max_steps=1"]
 
 

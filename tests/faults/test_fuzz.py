@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures are imported, then asked for)
 """Whatever lies in a file of rows, a record, an answer, a log or an override: its reader gives a value or refuses it by
 name, in one line, with its code. Nothing else: no other exception."""
 
@@ -22,24 +23,9 @@ from draftsmith.data.rows import Row
 from draftsmith.data.sources import SourceConfig
 from draftsmith.errors import DataError, PeerError, RowError
 
-from .fuzzing import LINES, VALUES, as_json, harmed, loaded, mutated, often, refused, tiny, with_change
+from .fuzzing import LINES, VALUES, as_json, base, harmed, here, micro, mutated, often, refused, with_change  # noqa: F401
 
 pytestmark = pytest.mark.faults
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fuzz")
-
-
-@pytest.fixture(scope="module")
-def micro(micro_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny(micro_maker, tmp_path_factory.mktemp("micro"))
-
-
-@pytest.fixture(scope="module")
-def base(micro: Path) -> Any:
-    return loaded(micro)
 
 
 # --- rows

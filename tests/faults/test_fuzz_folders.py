@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures are imported, then asked for)
 """Whatever lies in a folder of rows, a head, a checkpoint, a store, a plan of labels or a run: it is read, or refused
 by name, in one line, with its code. Nothing else: no other exception, and nothing is written beside it."""
 
@@ -19,24 +20,9 @@ from draftsmith.data.rows import Row, read_folder, write_rows
 from draftsmith.data.sources import SourceConfig
 from draftsmith.errors import ConfigError, DataError
 
-from .fuzzing import as_json, harmed, loaded, mutated, of, often, outside, refused, tiny, with_change
+from .fuzzing import as_json, base, harmed, here, micro, mutated, of, often, outside, refused, with_change  # noqa: F401
 
 pytestmark = pytest.mark.faults
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fuzz")
-
-
-@pytest.fixture(scope="module")
-def micro(micro_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny(micro_maker, tmp_path_factory.mktemp("micro"))
-
-
-@pytest.fixture(scope="module")
-def base(micro: Path) -> Any:
-    return loaded(micro)
 
 
 ROWS = [Row(f"{i:x}-0", [1, 2, 3 + i], [0, 1, 1], f"f:{i}", "p", "q", '{"prompt": "a"}', 3, "stop") for i in range(3)]

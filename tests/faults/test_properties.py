@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures are imported, then asked for)
 """For any rows and any text: no target lies past an end, and what a user types stays text."""
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from draftsmith.data.sources import SourceConfig
 from draftsmith.errors import DataError, RowError
 from draftsmith.targets import counted_targets
 
-from .fuzzing import loaded, often, tiny
+from .fuzzing import base, micro, often  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.faults
 
@@ -78,11 +79,6 @@ def test_no_target_lies_past_the_end_of_its_row(
 
 
 # --- text
-
-
-@pytest.fixture(scope="module")
-def base(micro_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return loaded(tiny(micro_maker, tmp_path_factory.mktemp("micro")))
 
 
 ODD = [

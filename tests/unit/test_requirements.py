@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-import tomllib
+import runpy
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = PROJECT["optional-dependencies"]
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "needed.py"))
+requirements, needed = SCRIPT["requirements"], SCRIPT["needed"]
+EXTRAS = SCRIPT["PROJECT"]["optional-dependencies"]
 PINNED = [name for name in EXTRAS if name not in ("vllm", "runtimes")]  # those have environments of their own
 PIN = re.compile(r"^([A-Za-z0-9][\w.-]*)==(\S+?)(?: \\)?$", re.M)
 
@@ -30,36 +29,11 @@ REFUSED = {
 }
 
 
-def requirements(*extras: str) -> list[Requirement]:
-    return [Requirement(r) for r in [*PROJECT["dependencies"], *(r for e in extras for r in EXTRAS[e])]]
-
-
 def pins(file: str) -> dict[str, str]:
     found = PIN.findall((ROOT / file).read_text())
     twice = [name for name, n in Counter(canonicalize_name(name) for name, _ in found).items() if n > 1]
     assert twice == []
     return {canonicalize_name(name): version for name, version in found}
-
-
-def needed(*extras: str) -> set[str]:
-    """All that is installed here because draftsmith asks for it, by the packages' own metadata."""
-    todo, seen = requirements(*extras), set[tuple[str, frozenset[str]]]()
-    while todo:
-        r = todo.pop()
-        key = (canonicalize_name(r.name), frozenset(r.extras))
-        if key in seen:
-            continue
-        seen.add(key)
-        try:
-            asked = [Requirement(text) for text in distribution(r.name).requires or []]
-        except PackageNotFoundError:
-            continue
-        of_build = {more for more in asked if key[0] == "torch" and canonicalize_name(more.name) not in CONSTRAINTS}
-        for more in asked:
-            known = [more.marker is None or more.marker.evaluate({"extra": e}) for e in {"", *r.extras}]
-            if any(known) and more not in of_build:
-                todo.append(more)
-    return {name for name, _ in seen}
 
 
 CONSTRAINTS = pins("constraints.txt")
@@ -91,15 +65,15 @@ def test_the_pins_are_what_pyproject_admits() -> None:
 
 def test_all_that_is_installed_for_us_is_pinned_and_nothing_else_is() -> None:
     """A pin that nothing asks for may be anybody's name."""
-    everything = needed(*PINNED)
+    everything = needed(PINNED, CONSTRAINTS)
     assert sorted(everything - CONSTRAINTS.keys()) == []
     assert sorted(CONSTRAINTS.keys() - everything) == []
 
 
 def test_lock_and_constraints_agree() -> None:
     assert {name: version for name, version in LOCK.items() if CONSTRAINTS.get(name) != version} == {}
-    assert sorted(needed("dev") - LOCK.keys()) == ["torch"]
-    assert sorted(LOCK.keys() - needed("dev")) == []
+    assert sorted(needed(["dev"], CONSTRAINTS) - LOCK.keys()) == ["torch"]
+    assert sorted(LOCK.keys() - needed(["dev"], CONSTRAINTS)) == []
 
 
 def test_every_line_of_the_lock_has_hashes_and_no_address() -> None:

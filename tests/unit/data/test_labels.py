@@ -277,7 +277,7 @@ def test_a_folder_resumes_to_the_same_bytes(pair: tuple[Any, Any], folder: Path)
     kept = (out / "rows-00000.parquet").stat().st_mtime_ns
     (out / "manifest.json").unlink()
     (out / "rows-00001.parquet").unlink()
-    (out / ".rows-00001.parquet.99.tmp").write_text("half")
+    (out / ".rows-00001.tmp-99999999.parquet").write_text("half")
     assert len(job(pair, folder)[1]) == 1
     assert {p.name: p.read_bytes() for p in out.iterdir()} == first
     assert (out / "rows-00000.parquet").stat().st_mtime_ns == kept

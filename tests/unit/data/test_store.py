@@ -220,7 +220,7 @@ def test_a_file_is_read_as_safetensors_reads_it(whole: Path) -> None:
 def test_a_killed_capture_goes_on_and_leaves_the_same_bytes(base: Any, whole: Path, tmp_path: Path) -> None:
     first = job(tmp_path / "again", base)
     first.write(1)
-    (first.out / f".{store.shard_name(0)}.77.tmp").write_bytes(b"torn")
+    (first.out / ".captures-00000.tmp-99999999.safetensors").write_bytes(b"torn")
     assert not first.seal()
     said: list[str] = []
     second = job(tmp_path / "again", base)
